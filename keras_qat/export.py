@@ -1,0 +1,131 @@
+"""`export`: freeze, write, verify, and only then put the file in its place."""
+
+import dataclasses
+import os
+import pathlib
+import tempfile
+
+import keras
+import numpy as np
+
+import tflite_export
+from keras_qat.graph.freeze import freeze, taps
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written and how well it agrees with the QAT model; prints as text.
+
+    Args:
+        path: Of the file.
+        summary: What is in it (see `tflite_export.inspect`).
+        parity: How the runtimes compare with the model's own prediction (see `tflite_export.verify`).
+    """
+
+    path: str
+    summary: tflite_export.Summary
+    parity: tflite_export.Parity
+
+    def __str__(self) -> str:
+        kind = "full int8" if self.summary.is_full_int8 else "NOT full int8"
+        return f"{self.path}: {self.summary.file_bytes:,} bytes, {kind}\n{self.parity}"
+
+    def to_dict(self) -> dict:
+        return {"path": self.path, "summary": self.summary.to_dict(), "parity": self.parity.to_dict()}
+
+
+class ExportError(RuntimeError):
+    """The file was not written because it does not compute what the QAT model does; `parity` has the figures."""
+
+    def __init__(self, message: str, parity: tflite_export.Parity):
+        super().__init__(message)
+        self.parity = parity
+
+
+def export(
+    qat: keras.Model,
+    path: str | os.PathLike,
+    verify_with=None,
+    *,
+    input_type: str = "int8",
+    output_type: str = "int8",
+    dynamic_batch: bool = False,
+    runtimes: tuple[str, ...] = ("litert", "xnnpack", "tflm"),
+) -> ExportReport:
+    """Writes a QAT model as a `.tflite`, if and only if the runtimes agree with it.
+
+    Args:
+        qat: What `kq.quantize` returned, trained or calibrated.
+        path: Of the file. A file that is there already survives until the new one is right.
+        verify_with: Real inputs (array, list or dict; a few hundred samples do). `None`: random ones from the observed
+            input ranges.
+        input_type, output_type: "int8", "uint8" or "float32" at the rim of the file.
+        dynamic_batch: The file takes any batch size instead of 1.
+        runtimes: Which to verify on.
+
+    Returns:
+        An `ExportReport`.
+
+    Raises:
+        ExportError: if a runtime disagrees with the model.
+    """
+    path = pathlib.Path(path)
+    content = tflite_export.write(freeze(qat, input_type, output_type, dynamic_batch))
+    samples = _random_inputs(qat) if verify_with is None else verify_with
+    parity = tflite_export.verify(content, qat, samples, runtimes=runtimes)
+    if not parity.passed:
+        raise ExportError(f"{path} was not written: the runtimes disagree with the QAT model.\n{parity}", parity)
+    _write_atomically(path, content)
+    return ExportReport(str(path), tflite_export.inspect(content), parity)
+
+
+def _write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Writes beside the target, then renames: whatever goes wrong, what was there before survives."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(f"Cannot write to folder {str(path.parent)!r}: {error.strerror}. Choose another path.") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"Could not write {str(path)!r}: {error.strerror}. What was there before is unchanged.") from error
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _random_inputs(qat, samples: int = 64):
+    """Uniform noise over the range of each input."""
+    generator = np.random.default_rng(0)
+    names, model = taps(qat)
+    ranges = {name: _range_of(qat, name) for name in qat.input_names}
+    arrays = [
+        generator.uniform(*ranges[name], (samples, *tensor.shape[1:])).astype(tensor.dtype)
+        for name, tensor in zip(qat.input_names, qat.inputs, strict=True)
+    ]
+    return keras.tree.pack_sequence_as(qat._inputs_struct, arrays)
+
+
+def _range_of(qat, input_name: str) -> tuple[float, float]:
+    layer = next(layer for layer in qat.layers if input_name in getattr(layer, "sites", ()))
+    scale, zero_point = layer.parameters()
+    return (layer.spec.qmin - zero_point) * scale, (layer.spec.qmax - zero_point) * scale
+
+
+@tflite_export.reference_tensors.register(keras.Model)
+def _reference_tensors(qat: keras.Model, inputs) -> dict[str, np.ndarray]:
+    """The QAT model's own values of the file's tensors, for the per-layer view of `verify`."""
+    names, model = taps(qat)
+    values = model.predict(inputs, verbose=0)
+    return dict(zip(names, values if isinstance(values, list) else [values], strict=True))

@@ -1,0 +1,256 @@
+"""Where tensors get ranges: `plan` decides it, `annotate` puts the FakeQuant layers there."""
+
+import dataclasses
+
+import keras
+from keras import tree
+
+from keras_qat.graph.walk import Copies, fresh_inputs, nodes_of, producers_of, rebuild
+from keras_qat.layers import FakeQuant, Quantized
+from keras_qat.operations import row_of
+from keras_qat.quantizers import Fixed, MovingAverage
+
+Limits = tuple[float, float]
+
+
+@dataclasses.dataclass
+class Site:
+    """A tensor of the integer graph whose values are put on its grid.
+
+    Args:
+        name: Of the operation behind which it stands.
+        kind: "observed", "fixed", or "rounded" (on the grid of its group, without a say in it).
+        limits: The range, if it is fixed.
+        nonnegative: Its values are known to be ≥ 0.
+        is_output: It is an output of the model.
+        group: Number of the group of tensors that share its grid.
+        index: Its place among those that find the group's range.
+    """
+
+    name: str
+    kind: str = "observed"
+    limits: Limits | None = None
+    nonnegative: bool = False
+    is_output: bool = False
+    group: int = -1
+    index: int = 0
+
+
+@dataclasses.dataclass
+class Plan:
+    """What `plan` decides.
+
+    Args:
+        kinds: Node id → its row's range kind.
+        sites: Tensor id → the site behind it.
+        moved: Tensor id → a second site: a fixed range that joins a group of another grid by a QUANTIZE.
+        fused: Ids of the nodes whose activation is fused into the op in front.
+        groups: The sites of each group.
+    """
+
+    kinds: dict[int, str] = dataclasses.field(default_factory=dict)
+    sites: dict[int, Site] = dataclasses.field(default_factory=dict)
+    moved: dict[int, Site] = dataclasses.field(default_factory=dict)
+    fused: set[int] = dataclasses.field(default_factory=set)
+    groups: list[list[Site]] = dataclasses.field(default_factory=list)
+
+
+def row_of_node(node):
+    """The table's row of a node; of the layer inside where it is wrapped."""
+    operation = node.operation
+    return row_of(operation.layer if isinstance(operation, Quantized) else operation)
+
+
+class _Flow:
+    """The graph as the integers see it: training-only layers are gone, a tensor behind one is the one before it."""
+
+    def __init__(self, model):
+        self.model, self.nodes, self.producers = model, nodes_of(model), producers_of(model)
+        self.kinds = {id(node): row_of_node(node).range_kind(node) for node in self.nodes}
+        self.root = {id(tensor): tensor for tensor in model.inputs}
+        self.readers: dict[int, int] = {}
+        for node in self.nodes:
+            is_gone = self.kinds[id(node)] == "train"
+            for tensor in node.outputs:
+                self.root[id(tensor)] = self.root[id(node.input_tensors[0])] if is_gone else tensor
+            if not is_gone:
+                self._count(node.input_tensors)
+        self._count(model.outputs)
+
+    def _count(self, tensors):
+        for tensor in tensors:
+            key = id(self.root[id(tensor)])
+            self.readers[key] = self.readers.get(key, 0) + 1
+
+    def sources(self, node) -> list[int]:
+        return [id(self.root[id(tensor)]) for tensor in node.input_tensors]
+
+    def fuses(self, node) -> bool:
+        """Whether the op in front takes this relu in: TFLite can, and nothing else reads that op's result."""
+        (source,) = self.sources(node)
+        producer = self.producers.get(source)
+        return producer is not None and row_of_node(producer).fuses and self.readers[source] == 1
+
+    def behind_augmentation(self, tensor):
+        """The last of the training-only layers that alone read an input: training is to see what they make of it."""
+        while True:
+            found = [node for node in self.nodes if any(x is tensor for x in node.input_tensors)]
+            if len(found) != 1 or self.kinds[id(found[0])] != "train":
+                return tensor
+            tensor = found[0].outputs[0]
+
+
+class _Groups:
+    """Tensors that must share one grid (union-find on tensor ids)."""
+
+    def __init__(self):
+        self._parent: dict[int, int] = {}
+
+    def find(self, key: int) -> int:
+        self._parent.setdefault(key, key)
+        while self._parent[key] != key:
+            self._parent[key] = self._parent[self._parent[key]]
+            key = self._parent[key]
+        return key
+
+    def join(self, one: int, other: int) -> None:
+        self._parent[self.find(one)] = self.find(other)
+
+
+def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
+    """Decides where ranges go and which tensors share one.
+
+    Args:
+        model: A fused model (see fuse.py).
+        input_ranges: What is known of the inputs, by name.
+    """
+    flow, groups = _Flow(model), _Groups()
+    result = Plan(kinds=flow.kinds)
+    for tensor in model.inputs:
+        name = tensor._keras_history.operation.name
+        limits = input_ranges.get(name)
+        place = flow.behind_augmentation(tensor)
+        result.sites[id(place)] = Site(name, "fixed" if limits else "observed", limits)
+    for node in flow.nodes:
+        kind, output = flow.kinds[id(node)], id(node.outputs[0])
+        if kind in ("same", "rounded"):
+            for source in flow.sources(node):
+                groups.join(source, output)
+        if kind == "clamp" and flow.fuses(node):
+            result.fused.add(id(node))
+            del result.sites[flow.sources(node)[0]]
+        if kind not in ("same", "train"):
+            result.sites[output] = _site(node, kind)
+    for tensor in model.outputs:
+        site = result.sites.get(id(flow.root[id(tensor)]))
+        if site is not None:
+            site.is_output = True
+    _form_groups(result, lambda key: groups.find(id(flow.root[key])), flow.root)
+    return result
+
+
+def _site(node, kind: str) -> Site:
+    row = row_of_node(node)
+    if kind == "clamp":
+        highest = getattr(node.operation, "max_value", None)
+        if highest:
+            return Site(node.operation.name, "fixed", (0.0, float(highest)))
+        return Site(node.operation.name, nonnegative=True)
+    return Site(node.operation.name, {"fixed": "fixed", "rounded": "rounded"}.get(kind, "observed"), row.limits)
+
+
+def _form_groups(result: Plan, leader_of, root) -> None:
+    """Gives every site its group and its place there.
+
+    A fixed range cannot be stretched. Where tensors with such ranges meet others in one group, they keep their range for
+    all other readers and get a second site, in the group, for the ones that need it.
+    """
+    members: dict[int, list[int]] = {}
+    for key in result.sites:
+        members.setdefault(leader_of(key), []).append(key)
+    for keys in members.values():
+        sites = [result.sites[key] for key in keys]
+        finding = [site for site in sites if site.kind != "rounded"]
+        if len({site.limits for site in finding}) > 1:
+            for key in keys:
+                site = result.sites[key]
+                if site.kind == "fixed":
+                    second = Site(f"{site.name}.requantized", nonnegative=site.limits[0] == 0)
+                    result.moved[id(root[key])] = second
+                    sites[sites.index(site)] = second
+                    _add_group(result, [site])
+        _add_group(result, sites)
+
+
+def _add_group(result: Plan, sites: list[Site]) -> None:
+    finding = [site for site in sites if site.kind != "rounded"]
+    for site in sites:
+        site.group = len(result.groups)
+        site.index = finding.index(site) if site in finding else 0
+    result.groups.append(sites)
+
+
+def annotate(model: keras.Model, decided: Plan) -> keras.Model:
+    """Puts a FakeQuant where the plan has a site: fused model → QAT model."""
+    fake_quants = [_fake_quant(sites) for sites in decided.groups]
+    copies, wrappers = Copies(), {}
+    scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid, a tensor too
+    seconds: dict[int, object] = {}  # id of an old tensor → its value on the grid of its second site
+
+    def on_grid(tensor, site: Site):
+        options = {"observe": False, "rounding": "away"} if site.kind == "rounded" else {}
+        value, scale_of_value = fake_quants[site.group](tensor, site=site.index, **options)
+        scale_of[id(value)] = scale_of_value
+        return value
+
+    def behind(old, new):
+        """The new tensor, on its grid if the plan wants one there."""
+        site = decided.sites.get(id(old))
+        return new if site is None else on_grid(new, site)
+
+    def moved(node, args, kwargs):
+        """The arguments, those of another grid requantized to that of the node's group."""
+        if decided.kinds[id(node)] not in ("same", "rounded"):
+            return args, kwargs
+        olds = iter(node.input_tensors)
+
+        def move(value):
+            if not isinstance(value, keras.KerasTensor):
+                return value
+            old = next(olds)
+            if id(old) not in decided.moved:
+                return value
+            if id(old) not in seconds:
+                seconds[id(old)] = on_grid(value, decided.moved[id(old)])
+            return seconds[id(old)]
+
+        return tree.map_structure(move, (args, kwargs))
+
+    def visit(node, args, kwargs):
+        args, kwargs = moved(node, args, kwargs)
+        scale = scale_of.get(id(tree.flatten(args)[0]))
+        if isinstance(node.operation, Quantized):
+            wrapper = wrappers.setdefault(id(node.operation), node.operation.rewrapped())
+            result = wrapper(args[0], scale, **kwargs)
+        else:
+            result = copies[node.operation](*args, **kwargs)
+        scale_of[id(result)] = scale
+        return behind(node.outputs[0], result)
+
+    inputs = fresh_inputs(model)
+    begun = [behind(old, new) for old, new in zip(model.inputs, tree.flatten(inputs), strict=True)]
+    return keras.Model(inputs, rebuild(model, visit, begun), name=model.name)
+
+
+def _fake_quant(sites: list[Site]) -> FakeQuant:
+    finding = [site for site in sites if site.kind != "rounded"]
+    first = finding[0]
+    if first.kind == "fixed":
+        quantizer = Fixed(*first.limits, name="range")
+    else:
+        quantizer = MovingAverage(
+            sites=len(finding), nonnegative=tuple(site.nonnegative for site in finding), name="range"
+        )
+    # Probabilities at the model's output stay exact while training: the loss needs their logarithm.
+    in_training = not (first.kind == "fixed" and all(site.is_output for site in sites))
+    return FakeQuant(quantizer, [site.name for site in finding], in_training=in_training, name=f"{first.name}.range")

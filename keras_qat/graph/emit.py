@@ -1,0 +1,421 @@
+"""How each operation is written: one small function per op, integers only.
+
+Every function gets a `Call`: the Keras node, the names of its integer inputs, the tensor to write, the activation fused
+behind it. What an op has to move around itself (a 1D convolution is a 2D one between two reshapes) it does here.
+"""
+
+import dataclasses
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from tflite_export import Op, Program, Tensor
+
+_ACTIVATIONS = {
+    None: schema.ActivationFunctionType.NONE,
+    "RELU": schema.ActivationFunctionType.RELU,
+    "RELU6": schema.ActivationFunctionType.RELU6,
+}
+_PADDINGS = {"same": schema.Padding.SAME, "valid": schema.Padding.VALID}
+
+
+@dataclasses.dataclass
+class Call:
+    """One operation on its way into a program.
+
+    Args:
+        program: Where it goes.
+        operation: The Keras layer or operation.
+        node: Its node in the QAT model.
+        inputs: Names of the integer tensors it reads.
+        output: Name of the tensor it writes.
+        activation: None, "RELU" or "RELU6", fused.
+        weights: `IntegerWeights` of a quantized layer.
+    """
+
+    program: Program
+    operation: object
+    node: object
+    inputs: list[str]
+    output: str
+    activation: str | None = None
+    weights: object = None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.program.tensors[name].shape
+
+    def op(self, kind: str, inputs: list, output: str, **options) -> None:
+        self.program.ops.append(Op(kind, inputs, [output], options))
+
+    def fused(self) -> dict:
+        return {"fusedActivationFunction": _ACTIVATIONS[self.activation]}
+
+    def constant(self, what: str, values, dtype: str, **quantization) -> str:
+        data = np.ascontiguousarray(values).astype(dtype)
+        return self.program.add(Tensor(f"{self.output}/{what}", data.shape, dtype, data=data, **quantization))
+
+    def twin(self, name: str, shape, what: str) -> str:
+        """A new tensor on the grid of `name`, with another shape."""
+        return self.program.add(
+            dataclasses.replace(self.program.tensors[name], name=f"{self.output}/{what}", shape=tuple(shape))
+        )
+
+    def reshape(self, name: str, output: str) -> None:
+        shape = list(self.shape(output))
+        if self.program.dynamic_batch:
+            shape[0] = -1
+        target = self.constant("shape", shape, "int32")
+        self.op("RESHAPE", [name, target], output, newShape=np.array(shape, np.int32))
+
+    def reshaped(self, name: str, shape, what: str) -> str:
+        twin = self.twin(name, shape, what)
+        self.reshape(name, twin)
+        return twin
+
+    def as_image(self, name: str) -> str:
+        """(batch, steps, channels) → (batch, 1, steps, channels); (batch, channels) → (batch, 1, 1, channels)."""
+        shape = self.shape(name)
+        if len(shape) == 4:
+            return name
+        middle = (1,) * (4 - len(shape)) + shape[1:-1]
+        if len(shape) > 4:
+            middle = (int(np.prod(shape[1:-2])), shape[-2])
+        return self.reshaped(name, (shape[0], *middle, shape[-1]), "image")
+
+    def image_output(self, shape) -> str:
+        """The tensor an op on images writes: the output itself, or a twin that `from_image` reshapes to it."""
+        return self.output if tuple(shape) == self.shape(self.output) else self.twin(self.output, shape, "result")
+
+    def from_image(self, name: str) -> None:
+        if name != self.output:
+            self.reshape(name, self.output)
+
+
+# --- layers with weights ---------------------------------------------------------------------------------------------
+
+
+def _weights_and_bias(call: Call, kernel: np.ndarray, axis: int, input_name: str) -> list[str]:
+    """Adds the two constants of a layer; `kernel` in TFLite's layout, its output channels along `axis`."""
+    weights, input_scale = call.weights, call.program.tensors[input_name].scale[0]
+    scale = tuple(weights.scale.tolist())
+    steps = tuple((np.float32(input_scale) * weights.scale).tolist())
+    return [
+        call.constant("weights", kernel, "int8", scale=scale, axis=axis),
+        call.constant("bias", weights.bias, "int32", scale=steps, axis=0),
+    ]
+
+
+def fully_connected(call: Call) -> None:
+    constants = _weights_and_bias(call, call.weights.kernel.T, 0, call.inputs[0])
+    keep = len(call.shape(call.inputs[0])) > 2 and len(call.shape(call.output)) > 2
+    call.op("FULLY_CONNECTED", [call.inputs[0], *constants], call.output, keepNumDims=keep, **call.fused())
+
+
+def _convolution(call: Call, kind: str, kernel, axis, strides, dilation, padding, **options) -> None:
+    image = call.as_image(call.inputs[0])
+    if padding == "causal":
+        image, padding = _padded_in_front(call, image, (kernel.shape[2] - 1) * dilation[1]), "valid"
+    constants = _weights_and_bias(call, kernel, axis, image)
+    height, width = (
+        _output_size(*sizes, padding)
+        for sizes in zip(call.shape(image)[1:3], kernel.shape[1:3], strides, dilation, strict=True)
+    )
+    result = call.image_output((1, height, width, len(call.weights.bias)))
+    call.op(
+        kind,
+        [image, *constants],
+        result,
+        padding=_PADDINGS[padding],
+        strideH=strides[0],
+        strideW=strides[1],
+        dilationHFactor=dilation[0],
+        dilationWFactor=dilation[1],
+        **options,
+        **call.fused(),
+    )
+    call.from_image(result)
+
+
+def _output_size(size, window, stride, dilation, padding) -> int:
+    if padding == "same":
+        return -(-size // stride)
+    return -(-(size - (window - 1) * dilation) // stride)
+
+
+def _padded_in_front(call: Call, image: str, steps: int) -> str:
+    """Zeros in front of the time axis, for causal convolutions."""
+    if steps == 0:
+        return image
+    batch, height, width, channels = call.shape(image)
+    padded = call.twin(image, (batch, height, width + steps, channels), "padded")
+    call.op("PAD", [image, call.constant("paddings", [[0, 0], [0, 0], [steps, 0], [0, 0]], "int32")], padded)
+    return padded
+
+
+def _pair(values) -> tuple[int, int]:
+    return (1, values[0]) if len(values) == 1 else tuple(values)
+
+
+def conv_2d(call: Call) -> None:
+    layer = call.operation
+    kernel = np.moveaxis(call.weights.kernel, -1, 0)
+    kernel = kernel[:, None] if kernel.ndim == 3 else kernel
+    strides, dilation = _pair(layer.strides), _pair(layer.dilation_rate)
+    _convolution(call, "CONV_2D", kernel, 0, strides, dilation, layer.padding)
+
+
+def depthwise_conv_2d(call: Call) -> None:
+    layer = call.operation
+    kernel = call.weights.kernel
+    kernel = kernel[None] if kernel.ndim == 3 else kernel
+    height, width, channels, multiplier = kernel.shape
+    kernel = kernel.reshape(1, height, width, channels * multiplier)
+    strides, dilation = _pair(layer.strides), _pair(layer.dilation_rate)
+    _convolution(
+        call, "DEPTHWISE_CONV_2D", kernel, 3, strides, dilation, layer.padding, depthMultiplier=multiplier
+    )
+
+
+conv_1d, depthwise_conv_1d = conv_2d, depthwise_conv_2d
+
+
+def conv_2d_transpose(call: Call) -> None:
+    layer = call.operation
+    constants = _weights_and_bias(call, np.moveaxis(call.weights.kernel, 2, 0), 0, call.inputs[0])
+    call.op(
+        "TRANSPOSE_CONV",
+        [_output_shape(call), constants[0], call.inputs[0], constants[1]],
+        call.output,
+        padding=_PADDINGS[layer.padding],
+        strideH=layer.strides[0],
+        strideW=layer.strides[1],
+        **call.fused(),
+    )
+
+
+def _output_shape(call: Call) -> str:
+    """The shape of the output as a tensor: a constant, or put together from the input's batch at run time."""
+    shape = call.shape(call.output)
+    if not call.program.dynamic_batch:
+        return call.constant("output_shape", shape, "int32")
+    numbers = [call.program.add(Tensor(f"{call.output}/{what}", size, "int32", batched=False)) for what, size in
+               (("input_shape", (4,)), ("batch", (1,)), ("output_shape", (4,)))]
+    first, second, step = (call.constant(what, [v], "int32") for what, v in (("begin", 0), ("end", 1), ("step", 1)))
+    call.op("SHAPE", [call.inputs[0]], numbers[0], outType=schema.TensorType.INT32)
+    call.op("STRIDED_SLICE", [numbers[0], first, second, step], numbers[1])
+    call.op("CONCATENATION", [numbers[1], call.constant("sizes", shape[1:], "int32")], numbers[2], axis=0)
+    return numbers[2]
+
+
+def channel_scale(call: Call) -> None:
+    """One number for all channels is a MUL or an ADD; anything else a depthwise convolution over single pixels."""
+    layer, weights = call.operation, call.weights
+    scalars = layer.scalars
+    if not weights.folded and scalars and scalars[1] == 0:
+        return _with_scalar(call, "MUL", scalars[0])
+    if not weights.folded and scalars and scalars[0] == 1:
+        step = np.float32(call.program.tensors[call.inputs[0]].scale[0]) * weights.scale[0]
+        return _with_scalar(call, "ADD", float(weights.bias[0] * step))
+    image = call.as_image(call.inputs[0])
+    constants = _weights_and_bias(call, weights.kernel.reshape(1, 1, 1, -1), 3, image)
+    result = call.image_output(call.shape(image))
+    call.op(
+        "DEPTHWISE_CONV_2D",
+        [image, *constants],
+        result,
+        padding=schema.Padding.VALID,
+        strideH=1,
+        strideW=1,
+        dilationHFactor=1,
+        dilationWFactor=1,
+        depthMultiplier=1,
+        **call.fused(),
+    )
+    call.from_image(result)
+
+
+def _with_scalar(call: Call, kind: str, value: float) -> None:
+    scalar = call.constant("constant", np.sign(value) * 127, "int8", scale=(max(abs(value), 1e-30) / 127,))
+    call.op(kind, [call.inputs[0], scalar], call.output, **call.fused())
+
+
+# --- arithmetic and activations --------------------------------------------------------------------------------------
+
+
+def _binary(kind: str, fuses: bool = True):
+    def emit(call: Call) -> None:
+        call.op(kind, call.inputs, call.output, **(call.fused() if fuses else {}))
+
+    return emit
+
+
+add, subtract, multiply = _binary("ADD"), _binary("SUB"), _binary("MUL")
+maximum, minimum = _binary("MAXIMUM", fuses=False), _binary("MINIMUM", fuses=False)
+relu, relu6 = _binary("RELU", fuses=False), _binary("RELU6", fuses=False)
+logistic, tanh = _binary("LOGISTIC", fuses=False), _binary("TANH", fuses=False)
+hard_swish = _binary("HARD_SWISH", fuses=False)
+
+
+def softmax(call: Call) -> None:
+    call.op("SOFTMAX", call.inputs, call.output, beta=1.0)
+
+
+def leaky_relu(call: Call) -> None:
+    call.op("LEAKY_RELU", call.inputs, call.output, alpha=float(call.operation.negative_slope))
+
+
+def quantize(call: Call) -> None:
+    call.op("QUANTIZE", call.inputs, call.output)
+
+
+# --- pooling ---------------------------------------------------------------------------------------------------------
+
+
+def _pool(call: Call, kind: str, window, strides, padding: str) -> None:
+    image = call.as_image(call.inputs[0])
+    sizes = [
+        _output_size(size, wide, stride, 1, padding)
+        for size, wide, stride in zip(call.shape(image)[1:3], window, strides, strict=True)
+    ]
+    result = call.image_output((1, *sizes, call.shape(image)[-1]))
+    call.op(
+        kind,
+        [image],
+        result,
+        padding=_PADDINGS[padding],
+        strideH=strides[0],
+        strideW=strides[1],
+        filterHeight=window[0],
+        filterWidth=window[1],
+    )
+    call.from_image(result)
+
+
+def _keras_pool(kind: str):
+    def emit(call: Call) -> None:
+        layer = call.operation
+        _pool(call, kind, _pair(layer.pool_size), _pair(layer.strides), layer.padding)
+
+    return emit
+
+
+max_pool, average_pool = _keras_pool("MAX_POOL_2D"), _keras_pool("AVERAGE_POOL_2D")
+
+
+def global_average_pool(call: Call) -> None:
+    """AVERAGE_POOL_2D over everything: unlike MEAN it rounds the same way on every runtime."""
+    shape = call.shape(call.inputs[0])
+    window = (1, shape[1]) if len(shape) == 3 else shape[1:3]
+    _pool(call, "AVERAGE_POOL_2D", window, window, "valid")
+
+
+def global_max_pool(call: Call) -> None:
+    axes = list(range(1, len(call.shape(call.inputs[0])) - 1))
+    keep = len(call.shape(call.output)) > 2
+    call.op("REDUCE_MAX", [call.inputs[0], call.constant("axes", axes, "int32")], call.output, keepDims=keep)
+
+
+# --- shape -----------------------------------------------------------------------------------------------------------
+
+
+def reshape(call: Call) -> None:
+    call.reshape(call.inputs[0], call.output)
+
+
+def transpose_order(node) -> list[int]:
+    axes = node.operation.axes
+    rank = len(node.input_tensors[0].shape)
+    return [axis % rank for axis in axes] if axes is not None else list(reversed(range(rank)))
+
+
+def transpose(call: Call) -> None:
+    order = call.constant("order", transpose_order(call.node), "int32")
+    call.op("TRANSPOSE", [call.inputs[0], order], call.output)
+
+
+def pad_value(node) -> float:
+    """What a Pad or ZeroPadding fills in."""
+    values = [*node.arguments.args[1:], node.arguments.kwargs.get("constant_values")]
+    return next((float(value) for value in values if value is not None), 0.0)
+
+
+def _paddings(node) -> list[list[int]]:
+    operation, rank = node.operation, len(node.input_tensors[0].shape)
+    if hasattr(operation, "pad_width"):
+        return np.broadcast_to(np.array(operation.pad_width), (rank, 2)).tolist()
+    middle = operation.padding if rank == 4 else [operation.padding]
+    return [[0, 0], *[list(pair) for pair in middle], [0, 0]]
+
+
+def pad(call: Call) -> None:
+    paddings = call.constant("paddings", _paddings(call.node), "int32")
+    value = pad_value(call.node)
+    if value == 0:
+        return call.op("PAD", [call.inputs[0], paddings], call.output)
+    tensor = call.program.tensors[call.inputs[0]]
+    grid = {"scale": tensor.scale, "zero_point": tensor.zero_point}
+    call.op("PADV2", [call.inputs[0], paddings, call.constant("value", tensor.quantize(value), "int8", **grid)], call.output)
+
+
+def upsampling(call: Call) -> None:
+    image = call.as_image(call.inputs[0])
+    height, width = _pair(call.operation.size) if hasattr(call.operation.size, "__len__") else (1, call.operation.size)
+    batch, rows, columns, channels = call.shape(image)
+    size = (rows * height, columns * width)
+    result = call.image_output((batch, *size, channels))
+    kind = "NEAREST_NEIGHBOR" if getattr(call.operation, "interpolation", "nearest") == "nearest" else "BILINEAR"
+    call.op(f"RESIZE_{kind}", [image, call.constant("size", size, "int32")], result, halfPixelCenters=True)
+    call.from_image(result)
+
+
+def slice_keys(node) -> tuple:
+    """What stands in the brackets of `x[...]`."""
+    key = node.arguments.args[1] if len(node.arguments.args) > 1 else node.arguments.kwargs["key"]
+    return key if isinstance(key, tuple) else (key,)
+
+
+def strided_slice(call: Call) -> None:
+    keys, rank = slice_keys(call.node), len(call.shape(call.inputs[0]))
+    begin, end, step, shrink = [], [], [], 0
+    for axis, key in enumerate(_expanded(keys, rank)):
+        size = call.shape(call.inputs[0])[axis]
+        if isinstance(key, int):
+            first, last, stride = key % size, key % size + 1, 1
+            shrink |= 1 << axis
+        else:
+            first, last, stride = key.indices(size)
+        begin.append(first), end.append(last), step.append(stride)
+    # The whole batch, however large: its begin and end are masked out.
+    masks = {"beginMask": 1, "endMask": 1, "shrinkAxisMask": shrink}
+    new_axes = [key for key in keys if key is None]
+    bounds = [call.constant(*pair, "int32") for pair in (("begin", begin), ("end", end), ("step", step))]
+    if not new_axes:
+        return call.op("STRIDED_SLICE", [call.inputs[0], *bounds], call.output, **masks)
+    sizes = [n for n, axis in zip(call.node.outputs[0].shape, _kept(keys, rank), strict=True) if axis]
+    sliced = call.twin(call.output, (1, *sizes[1:]), "slice")
+    call.op("STRIDED_SLICE", [call.inputs[0], *bounds], sliced, **masks)
+    call.reshape(sliced, call.output)
+
+
+def _expanded(keys, rank) -> list:
+    """The keys with the ellipsis and the missing ones written out, without new axes."""
+    keys = [key for key in keys if key is not None]
+    missing = [slice(None)] * (rank - sum(key is not Ellipsis for key in keys))
+    if Ellipsis not in keys:
+        return keys + missing
+    at = keys.index(Ellipsis)
+    return keys[:at] + missing + keys[at + 1 :]
+
+
+def _kept(keys, rank) -> list[bool]:
+    """For each axis of the result whether it is one of the input's (True) or a new one (False)."""
+    keys = list(keys)
+    given = sum(key is not None and key is not Ellipsis for key in keys)
+    at = keys.index(Ellipsis) if Ellipsis in keys else len(keys)
+    keys[at : at + 1] = [slice(None)] * (rank - given)
+    return [key is not None for key in keys if not isinstance(key, int)]
+
+
+def concatenation(call: Call) -> None:
+    rank = len(call.shape(call.output))
+    call.op("CONCATENATION", call.inputs, call.output, axis=call.operation.axis % rank)

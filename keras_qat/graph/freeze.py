@@ -1,0 +1,162 @@
+"""QAT model → Program: the integers of training, and nothing else."""
+
+import dataclasses
+
+import keras
+from keras import tree
+
+from keras_qat.graph import emit
+from keras_qat.graph.annotate import row_of_node
+from keras_qat.graph.emit import Call
+from keras_qat.graph.walk import nodes_of
+from keras_qat.layers import FakeQuant, Quantized
+from tflite_export import Program, Tensor, with_io_types
+from tflite_export.optimize import optimize
+
+
+def freeze(
+    qat: keras.Model, input_type: str = "int8", output_type: str = "int8", dynamic_batch: bool = False
+) -> Program:
+    """Turns a QAT model into integers: batch norms folded, weights rounded, training-only layers dropped.
+
+    Args:
+        qat: What `kq.quantize` returned, its ranges observed by training or `kq.calibrate`.
+        input_type, output_type: "int8", "uint8" or "float32" at the rim of the file.
+        dynamic_batch: The file takes any batch size instead of 1.
+
+    Returns:
+        A `tflite_export.Program`.
+
+    Raises:
+        ValueError: if a range was never observed; the message names the layers.
+    """
+    _require_ranges(qat)
+    program = Program(dynamic_batch=dynamic_batch, description=f"{qat.name}, quantized by keras_qat")
+    freezer = _Freezer(program)
+    for tensor in qat.inputs:
+        freezer.begin(tensor)
+    for node in nodes_of(qat):
+        freezer.take(node)
+    for name, tensor in zip(output_names(qat), qat.outputs, strict=True):
+        program.outputs[name] = freezer.tensor_of(tensor)
+    return with_io_types(optimize(program), input_type, output_type)
+
+
+def output_names(model) -> list[str]:
+    """Keras's names of the outputs, made unique."""
+    names: list[str] = []
+    for tensor in model.outputs:
+        name = base = tensor._keras_history.operation.name
+        count = 1
+        while name in names:
+            name, count = f"{base}_{count}", count + 1
+        names.append(name)
+    return names
+
+
+def _require_ranges(qat) -> None:
+    layers = [layer for layer in getattr(qat, "layers", []) if isinstance(layer, FakeQuant)]
+    if not layers:
+        raise ValueError(
+            "This is not a QAT model: it has no FakeQuant layer. Expected what kq.quantize(model) returns. Received: "
+            f"{qat!r}"
+        )
+    unseen = [site for layer in layers if not layer.quantizer.was_observed() for site in layer.sites]
+    if unseen:
+        shown = ", ".join(repr(name) for name in unseen[:8]) + (" ..." if len(unseen) > 8 else "")
+        raise ValueError(
+            f"The ranges of {len(unseen)} tensors were never observed: {shown}. Train the model with fit, or run "
+            "kq.calibrate(qat, data) first."
+        )
+
+
+@dataclasses.dataclass
+class _Pending:
+    """An operation whose result has no grid yet: the FakeQuant behind it will give it one."""
+
+    node: object
+    inputs: list[str]
+    name: str
+    activation: str | None = None
+
+
+class _Freezer:
+    """Walks through a QAT model. `values` maps tensor ids to names of integer tensors, or to what is still pending."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.values: dict[int, object] = {}
+
+    def begin(self, tensor) -> None:
+        self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name)
+
+    def tensor_of(self, tensor) -> str:
+        value = self.values[id(tensor)]
+        if isinstance(value, _Pending):
+            raise ValueError(f"The output of {value.name!r} has no range. Was the QAT model edited after kq.quantize?")
+        return value
+
+    def take(self, node) -> None:
+        if isinstance(node.operation, FakeQuant):
+            self._on_grid(node)
+            return
+        kind = row_of_node(node).range_kind(node)
+        sources = [self.values[id(x)] for x in _data_inputs(node)]
+        if kind == "train":
+            result = sources[0]
+        elif kind == "clamp" and isinstance(sources[0], _Pending):
+            result = dataclasses.replace(sources[0], activation=row_of_node(node).op, name=node.operation.name)
+        elif kind == "same":
+            result = self._like_input(node, sources)
+        else:
+            result = _Pending(node, sources, node.operation.name)
+        self.values[id(node.outputs[0])] = result
+
+    def _on_grid(self, node) -> None:
+        """A FakeQuant: whatever is pending in front of it is written to a tensor of its grid."""
+        scale, zero_point = node.operation.parameters()
+        value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
+        name = value.name if isinstance(value, _Pending) else f"{value}/requantized"
+        shape = (1, *like.shape[1:])
+        tensor = self.program.add(Tensor(name, shape, "int8", scale=(float(scale),), zero_point=zero_point))
+        if not isinstance(value, _Pending):
+            emit.quantize(Call(self.program, None, node, [value], tensor))
+        elif value.node is None:
+            self.program.inputs[value.name] = tensor
+        else:
+            self._emit(value.node, value.inputs, tensor, value.activation)
+        self.values[id(node.outputs[0])] = tensor
+
+    def _like_input(self, node, sources: list[str]) -> str:
+        """An operation that only moves values: its result is on the grid of its input."""
+        shape = (1, *node.outputs[0].shape[1:])
+        tensor = self.program.add(dataclasses.replace(self.program.tensors[sources[0]], name=node.operation.name, shape=shape))
+        self._emit(node, sources, tensor, None)
+        return tensor
+
+    def _emit(self, node, inputs, output, activation) -> None:
+        operation, weights = node.operation, None
+        if isinstance(operation, Quantized):
+            weights = operation.integers(self.program.tensors[inputs[0]].scale[0])
+            operation = operation.layer
+        row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights))
+
+
+def _data_inputs(node):
+    """A quantized layer's second input is the scale of its first."""
+    return node.input_tensors[:1] if isinstance(node.operation, Quantized) else node.input_tensors
+
+
+def taps(qat: keras.Model) -> tuple[list[str], keras.Model]:
+    """The tensor names of the file, and a model that computes their values: what a per-layer comparison needs."""
+    names, tensors = [], []
+    for node in nodes_of(qat):
+        if isinstance(node.operation, FakeQuant):
+            names.append(_tensor_name(node))
+            tensors.append(node.outputs[0])
+    return names, keras.Model(tree.map_structure(lambda x: x, qat._inputs_struct), tensors)
+
+
+def _tensor_name(node) -> str:
+    before = node.input_tensors[0]._keras_history.operation
+    return f"{before.sites[0]}/requantized" if isinstance(before, FakeQuant) else before.name

@@ -1,0 +1,170 @@
+"""Layers with weights → `Quantized` layers, taking in what can be folded into their integers without any loss."""
+
+import keras
+from keras import ops
+
+from keras_qat.graph.walk import Copies, calls_of, key_of, nodes_of, producers_of, readers_of, rewrite
+from keras_qat.layers import ChannelScale, Quantized
+from keras_qat.operations import row_of
+from keras_qat.spec import Rules
+
+
+def fuse(model: keras.Model, rules: Rules) -> keras.Model:
+    """Wraps every layer with weights, its batch norm inside of it where one follows it at every call.
+
+    Args:
+        model: A flat model (see trace.py).
+        rules: Choose the bits of each layer's weights by its path.
+    """
+    model, input_scalings = _take_over_input_scaling(_merge_scalings(model))
+    return _wrap_weights(model, rules, input_scalings)
+
+
+def _merge_scalings(model):
+    """`(x · a + b) · c + d` → one layer, where nothing else reads the middle."""
+    readers, producers, calls, copies = readers_of(model), producers_of(model), calls_of(model), Copies()
+
+    def is_scaling(node):
+        return node is not None and key_of(node.operation) == "ChannelScale" and calls[id(node.operation)] == 1
+
+    def goes_on(node):
+        """Whether the node's only reader is a scaling too."""
+        following = readers[id(node.outputs[0])]
+        return len(following) == 1 and is_scaling(following[0])
+
+    numbers = {}  # node id → multiplier and offset of the whole chain up to it
+
+    def visit(node, args, kwargs):
+        if not is_scaling(node):
+            return copies[node.operation](*args, **kwargs)
+        layer, before = node.operation, producers.get(id(node.input_tensors[0]))
+        multiplier, offset = layer.factors, layer.offsets
+        if is_scaling(before) and goes_on(before):
+            first_multiplier, first_offset = numbers[id(before)]
+            multiplier, offset = first_multiplier * layer.factors, first_offset * layer.factors + layer.offsets
+        numbers[id(node)] = multiplier, offset
+        if goes_on(node):
+            return args[0]
+        return ChannelScale(multiplier, offset, name=layer.name)(args[0])
+
+    return rewrite(model, visit)
+
+
+def _take_over_input_scaling(model):
+    """A Rescaling of the model's input disappears into the weights' scales and biases of the layers that read it.
+
+    Only where every reader is a layer with weights, and the multiplier is positive. With an offset, zero padding would
+    no longer be zero: a padded convolution gets an explicit Pad with the value that means zero.
+
+    Returns:
+        The model, and layer id → (multiplier, offset) taken over.
+    """
+    readers, calls, copies = readers_of(model), calls_of(model), Copies()
+    vanishing, taken = set(), {}
+    for node in nodes_of(model):
+        scalars = node.operation.scalars if key_of(node.operation) == "ChannelScale" else None
+        if scalars is None or scalars[0] <= 0 or not _stems_from_input(node, model):
+            continue
+        targets = readers[id(node.outputs[0])]
+        if all(t is not None and calls[id(t.operation)] == 1 and _can_take_over(t, scalars[1]) for t in targets):
+            vanishing.add(id(node))
+            taken.update({id(target.operation): scalars for target in targets})
+
+    def visit(node, args, kwargs):
+        if id(node) in vanishing:
+            return args[0]
+        multiplier, offset = taken.get(id(node.operation), (1.0, 0.0))
+        if offset != 0 and getattr(node.operation, "padding", "valid") != "valid":
+            args = (_padded_like(node.operation, args[0], -offset / multiplier), *args[1:])
+        return copies[node.operation](*args, **kwargs)
+
+    return rewrite(model, visit), taken
+
+
+def _stems_from_input(node, model) -> bool:
+    """Whether nothing but training-only layers stands between a model input and the node."""
+    producers, tensor = producers_of(model), node.input_tensors[0]
+    while id(tensor) in producers:
+        before = producers[id(tensor)]
+        if row_of(before.operation).range != "train":
+            return False
+        tensor = before.input_tensors[0]
+    return True
+
+
+def _can_take_over(node, offset: float) -> bool:
+    key = key_of(node.operation)
+    if key == "Conv2DTranspose":
+        return offset == 0
+    return key in {"Dense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D"}
+
+
+def _padded_like(layer, x, value: float):
+    """Pads `x` as the layer would, but with `value`; the layer goes on with padding="valid"."""
+    pads = [[0, 0]]
+    for size, window, stride, dilation in zip(
+        x.shape[1:-1], layer.kernel_size, layer.strides, layer.dilation_rate, strict=True
+    ):
+        reach = (window - 1) * dilation
+        total = reach if layer.padding == "causal" else max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
+        before = total if layer.padding == "causal" else total // 2
+        pads.append([before, total - before])
+    layer.padding = "valid"
+    return ops.pad(x, [*pads, [0, 0]], mode="constant", constant_values=value)
+
+
+def _wrap_weights(model, rules, input_scalings):
+    norm_of = _foldable_batch_norms(model)
+    folded = {id(norm_node.operation) for norm_node in norm_of.values()}
+    copies, wrapped = Copies(), {}
+
+    def visit(node, args, kwargs):
+        operation = node.operation
+        if id(operation) in folded:
+            return args[0]
+        if not _has_weights(operation):
+            return copies[operation](*args, **kwargs)
+        norm_node = norm_of.get(id(operation))
+        if id(operation) not in wrapped:
+            norm = norm_node and norm_node.operation
+            wrapped[id(operation)] = _quantized(operation, norm, input_scalings, rules, args[0])
+        # A frozen backbone is called with training=False: that matters to the batch norm.
+        training = (norm_node or node).arguments.kwargs.get("training")
+        return wrapped[id(operation)](args[0], **({} if training is None else {"training": training}))
+
+    return rewrite(model, visit)
+
+
+def _has_weights(operation) -> bool:
+    row = row_of(operation)
+    return row is not None and (bool(row.channels) or key_of(operation) == "BatchNormalization")
+
+
+def _foldable_batch_norms(model) -> dict[int, object]:
+    """Layer id → a node of the batch norm that alone reads its output, at every call of both."""
+    readers, calls, found, refused = readers_of(model), calls_of(model), {}, set()
+    for node in nodes_of(model):
+        layer = node.operation
+        if not row_of(layer) or not row_of(layer).channels or key_of(layer) == "ChannelScale":
+            continue
+        following = readers[id(node.outputs[0])]
+        reader = following[0] if len(following) == 1 else None
+        if reader is None or key_of(reader.operation) != "BatchNormalization":
+            refused.add(id(layer))
+        elif found.setdefault(id(layer), reader).operation is not reader.operation:
+            refused.add(id(layer))
+    return {
+        key: node for key, node in found.items() if key not in refused and calls[id(node.operation)] == calls[key]
+    }
+
+
+def _quantized(operation, norm, input_scalings, rules, x) -> Quantized:
+    name = operation.name
+    weights = rules.scheme_of(name.replace(".", "/")).weights
+    scaling = input_scalings.get(id(operation), (1.0, 0.0))
+    if key_of(operation) == "BatchNormalization":
+        # One that cannot be folded is a depthwise convolution over single pixels, its kernel all ones.
+        norm, operation = operation, ChannelScale(name=f"{name}.ones")
+        operation.build(x.shape)
+    axes = row_of(operation).channels
+    return Quantized(operation, axes, norm, scaling, weights.bits, weights.per_channel, name=name)

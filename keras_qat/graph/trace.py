@@ -1,0 +1,225 @@
+"""Any Keras model → one flat functional model of operations that the table knows."""
+
+import contextlib
+import inspect
+import re
+
+import keras
+from keras import tree
+
+from keras_qat.errors import Problem, UnsupportedModelError
+from keras_qat.graph.walk import clone, key_of, nodes_of, rebuild
+
+_HOW_TO_BUILD = "Give it an Input, or call it once on a batch, or pass quantize(..., inputs=keras.Input(shape))."
+
+
+def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[keras.Model, list[Problem]]:
+    """Flattens a model into primitive operations, each a copy with weights of its own.
+
+    Composite layers (nested and subclassed models, custom layers) are opened by running their `call` on symbolic
+    tensors, and what TFLite has no integer op for by running its lowering, again and again until only primitives
+    remain. The model itself is left as it was.
+
+    Args:
+        model: Any built Keras 3 model.
+        is_primitive: `operation -> bool`.
+        lowering_of: `(operation, args, kwargs) -> callable or None`, see lower.py.
+        inputs: A `keras.Input` (or a structure of them) for a model that does not know the shape of its own.
+
+    Returns:
+        The flat model, and what could not be opened. An operation with a problem stands in the flat model as it is.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"keras_qat quantizes keras.Model objects of Keras 3. Received: {type(model)}. A tf_keras model (legacy "
+            "Keras 2) has to be rebuilt with keras."
+        )
+    inputs = _inputs_of(model) if inputs is None else inputs
+    tracer = _Tracer(is_primitive, lowering_of)
+    tracer.problems += _dynamic_axes(inputs)
+    with _left_untouched(model):
+        outputs = tracer.open(model, (inputs,), {}, path="")
+    return keras.Model(inputs, outputs, name=model.name), tracer.problems
+
+
+def _inputs_of(model):
+    """Fresh inputs with the names, shapes and types that the model was built with."""
+    structure = getattr(model, "_inputs_struct", None)
+    if isinstance(model, keras.Sequential) and model.built and model._functional is not None:
+        structure = model._functional._inputs_struct
+    if structure is not None:
+        return tree.map_structure(
+            lambda x: keras.Input(batch_shape=(None, *x.shape[1:]), dtype=x.dtype, name=x._keras_history.operation.name),
+            structure,
+        )
+    shapes = model._build_shapes_dict
+    if not model.built or not shapes:
+        raise ValueError(f"Model {model.name!r} is not built, so the shape of its input is unknown. {_HOW_TO_BUILD}")
+    shape = next(iter(shapes.values()))
+    return tree.map_shape_structure(lambda x: keras.Input(batch_shape=(None, *x[1:])), shape)
+
+
+def _dynamic_axes(inputs) -> list[Problem]:
+    problems = []
+    for tensor in tree.flatten(inputs):
+        unknown = [axis for axis, size in enumerate(tensor.shape) if axis > 0 and size is None]
+        if unknown:
+            problems.append(
+                Problem(
+                    tensor._keras_history.operation.name,
+                    "InputLayer",
+                    f"Axis {unknown[0]} of the input has no fixed size (shape {tensor.shape}).",
+                    "Give keras.Input a fixed length there, e.g. keras.Input((28, 28, 1)); only the batch may be open.",
+                )
+            )
+    return problems
+
+
+class _Tracer:
+    def __init__(self, is_primitive, lowering_of):
+        self.is_primitive, self.lowering_of = is_primitive, lowering_of
+        self.problems: list[Problem] = []
+        self._lowerings: dict[int, object] = {}
+        self._clones: dict[int, object] = {}
+        self._names: set[str] = set()
+
+    def visit(self, operation, args, kwargs, path):
+        """Calls a primitive's copy, or opens a composite."""
+        lowering = self._lowering_of(operation, args, kwargs)
+        if lowering is not None:
+            return self._open_call(lowering, operation, args, kwargs, path)
+        if self.is_primitive(operation):
+            return self._call_copy(operation, args, kwargs, path)
+        if isinstance(operation, (keras.Layer, keras.Function)):
+            try:
+                return self.open(operation, args, kwargs, path)
+            except Exception as error:  # whatever a user's `call` raises on symbolic tensors
+                reason = f"Its call cannot run on symbolic tensors: {type(error).__name__}: {_first_line(error)}"
+                return self._leave_closed(operation, args, kwargs, path, reason)
+        return self._leave_closed(operation, args, kwargs, path, "keras_qat has no integer form for this operation.")
+
+    def open(self, composite, args, kwargs, path):
+        """Replaces a composite by what it is made of."""
+        graph = _functional_graph(composite)
+        if graph is None:
+            return self._open_call(composite.call, composite, args, kwargs, path)
+        return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
+
+    def _open_call(self, call, composite, args, kwargs, path):
+        graph, tensors, outputs = _run_call(call, args, kwargs)
+        return outputs if graph is None else self._visit_graph(graph, tensors, composite, kwargs, path)
+
+    def _visit_graph(self, graph, tensors, composite, kwargs, path):
+        training = kwargs.get("training")
+        is_one_operation = len(nodes_of(graph)) == 1 and not isinstance(composite, keras.Function)
+
+        def visit(node, inner_args, inner_kwargs):
+            inner = node.operation
+            if training is not None and getattr(inner, "_call_has_training_arg", False):
+                inner_kwargs = {"training": training, **inner_kwargs}
+            # A layer that is just one operation (Add, ReLU) lends it its name, as does a Dense to what is left of it
+            # without its activation: that is the name a person knows.
+            is_core = is_one_operation or (inner.name == composite.name and not isinstance(inner, keras.Function))
+            inner_path = path if is_core else _join(path, _plain_name(inner))
+            return self.visit(inner, inner_args, inner_kwargs, inner_path)
+
+        return rebuild(graph, visit, tensors)
+
+    def _lowering_of(self, operation, args, kwargs):
+        """The operation's lowering; a layer's is made once, so that a layer called twice keeps sharing its weights."""
+        if not isinstance(operation, keras.Layer):
+            return self.lowering_of(operation, args, kwargs)
+        if id(operation) not in self._lowerings:
+            self._lowerings[id(operation)] = (operation, self.lowering_of(operation, args, kwargs))
+        return self._lowerings[id(operation)][1]
+
+    def _call_copy(self, operation, args, kwargs, path):
+        if isinstance(operation, keras.Layer):
+            if id(operation) not in self._clones:
+                self._clones[id(operation)] = (operation, clone(operation, self._unique(path)))
+            copy = self._clones[id(operation)][1]
+        else:
+            copy = clone(operation, self._unique(path))
+        return copy(*args, **kwargs)
+
+    def _leave_closed(self, operation, args, kwargs, path, reason):
+        way_out = "Rebuild it from layers and keras.ops that the table of operations lists."
+        self.problems.append(Problem(path, type(operation).__name__, reason, way_out))
+        stand_in = _Closed(operation, name=self._unique(path))
+        return stand_in(*args, **kwargs)
+
+    def _unique(self, path: str) -> str:
+        """A Keras name for a path ("backbone/conv" → "backbone.conv"), numbered where it is taken."""
+        base = path.replace("/", ".")
+        name, count = base, 1
+        while name in self._names:
+            name, count = f"{base}_{count}", count + 1
+        self._names.add(name)
+        return name
+
+
+class _Closed(keras.Operation):
+    """Stands in for an operation that could not be opened, so that all problems are found in one go."""
+
+    def __init__(self, operation, name):
+        super().__init__(name=name)
+        self.operation = operation
+
+    def call(self, *args, **kwargs):
+        raise UnsupportedModelError([])
+
+    def compute_output_spec(self, *args, **kwargs):
+        return self.operation.compute_output_spec(*args, **kwargs)
+
+
+def _functional_graph(composite):
+    if isinstance(composite, keras.Sequential):
+        return composite._functional
+    return composite if isinstance(composite, keras.Function) and key_of(composite) is not None else None
+
+
+def _run_call(call, args, kwargs):
+    """Runs `call` on fresh symbolic tensors. Returns its graph, or (None, ..) if `call` just passes inputs through."""
+    originals = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
+    stand_ins = {id(x): keras.KerasTensor(x.shape, x.dtype) for x in originals}
+    swap = lambda x: stand_ins.get(id(x), x)  # noqa: E731
+    inner_args, inner_kwargs = tree.map_structure(swap, args), tree.map_structure(swap, kwargs)
+    parameters = inspect.signature(call).parameters
+    accepts_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if not accepts_any:
+        inner_kwargs = {key: value for key, value in inner_kwargs.items() if key in parameters}
+    if "training" in parameters and parameters["training"].default is inspect.Parameter.empty:
+        inner_kwargs.setdefault("training", None)
+    outputs = call(*inner_args, **inner_kwargs)
+    back = {id(stand_ins[id(x)]): x for x in originals}
+    if all(id(x) in back for x in tree.flatten(outputs)):
+        return None, None, tree.map_structure(lambda x: back[id(x)], outputs)
+    used = list({id(x): x for x in originals}.values())
+    return keras.Function([stand_ins[id(x)] for x in used], outputs), used, None
+
+
+@contextlib.contextmanager
+def _left_untouched(model):
+    """Takes the nodes that symbolic calls leave on a model's layers off again."""
+    layers = list({id(layer): layer for layer in model._flatten_layers()}.values())
+    before = [(layer, len(layer._inbound_nodes), len(layer._outbound_nodes), list(layer._losses)) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, inbound, outbound, losses in before:
+            del layer._inbound_nodes[inbound:]
+            del layer._outbound_nodes[outbound:]
+            layer._losses[:] = losses
+
+
+def _plain_name(operation) -> str:
+    """A layer's name; for keras.ops, whose names are numbered over the whole process, the name without its number."""
+    return operation.name if isinstance(operation, keras.Layer) else re.sub(r"_\d+$", "", operation.name)
+
+
+def _join(path, name):
+    return f"{path}/{name}" if path else name
+
+
+def _first_line(error) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

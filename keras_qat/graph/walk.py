@@ -1,0 +1,118 @@
+"""Reading and rebuilding functional models node by node: what all the rewrites stand on."""
+
+import collections
+import copy
+from collections.abc import Callable
+
+import keras
+from keras import tree
+
+
+def nodes_of(model) -> list:
+    """The calls inside a functional model, each after those it depends on."""
+    depths = sorted(model._nodes_by_depth, reverse=True)
+    return [node for depth in depths for node in model._nodes_by_depth[depth] if not node.is_input]
+
+
+def rebuild(model, visit: Callable, inputs: list):
+    """Calls `visit(node, args, kwargs)` for every node in order and returns the new outputs in the old structure.
+
+    Args:
+        model: A functional model (or a `keras.Function`).
+        visit: Gets the node and its arguments with new tensors in place of old ones; returns the new output tensors.
+        inputs: New tensors for `model.inputs`.
+    """
+    values = {id(old): new for old, new in zip(model.inputs, inputs, strict=True)}
+    for node in nodes_of(model):
+        args, kwargs = node.arguments.fill_in(values)
+        outputs = tree.flatten(visit(node, args, kwargs))
+        values.update({id(old): new for old, new in zip(node.outputs, outputs, strict=True)})
+    return tree.map_structure(lambda tensor: values[id(tensor)], model._outputs_struct)
+
+
+def rewrite(model: keras.Model, visit: Callable) -> keras.Model:
+    """`rebuild` on fresh inputs of the same names, shapes and types: model → model."""
+    inputs = fresh_inputs(model)
+    outputs = rebuild(model, visit, tree.flatten(inputs))
+    return keras.Model(inputs, outputs, name=model.name)
+
+
+def fresh_inputs(model):
+    """New `keras.Input`s like those of `model`, in the same structure."""
+
+    def fresh(tensor):
+        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor._keras_history.operation.name)
+
+    return tree.map_structure(fresh, model._inputs_struct)
+
+
+def clone(operation, name: str | None = None):
+    """A new operation with the same configuration and the same weights, called nowhere yet."""
+    if not isinstance(operation, keras.Layer):
+        twin = copy.copy(operation)
+        twin._inbound_nodes, twin._outbound_nodes = [], []
+        twin.name = name or operation.name
+        return twin
+    twin = type(operation).from_config({**operation.get_config(), "name": name or operation.name})
+    twin.trainable = operation.trainable
+    if operation.weights:
+        build = operation._build_shapes_dict
+        twin.build(**build) if build else twin.build_from_config(operation.get_build_config())
+        for new, old in zip(twin.weights, operation.weights, strict=True):
+            new.assign(old)
+    return twin
+
+
+def key_of(operation) -> str | None:
+    """What the table of operations knows this by: "Conv2D" for a layer, "ops.Add" for a keras.ops operation.
+
+    A user's subclass counts as the Keras class it derives from as long as it leaves `call` alone; with a `call` of its
+    own it is nothing the table knows, and None is returned.
+    """
+    own = next((c for c in type(operation).__mro__ if c.__module__.split(".")[0] in ("keras", "keras_qat")), None)
+    if own is None or type(operation).call is not own.call:
+        return None
+    return own.__name__ if isinstance(operation, keras.Layer) else f"ops.{own.__name__}"
+
+
+def producers_of(model) -> dict[int, object]:
+    """Tensor id → the node that makes it."""
+    return {id(tensor): node for node in nodes_of(model) for tensor in node.outputs}
+
+
+def readers_of(model) -> dict[int, list]:
+    """Tensor id → the nodes that read it. A model output counts as one more reader, None."""
+    readers: dict[int, list] = {}
+    for node in nodes_of(model):
+        for tensor in node.input_tensors:
+            readers.setdefault(id(tensor), []).append(node)
+    for tensor in model.outputs:
+        readers.setdefault(id(tensor), []).append(None)
+    return readers
+
+
+def calls_of(model) -> collections.Counter:
+    """Operation id → how often the model calls it."""
+    return collections.Counter(id(node.operation) for node in nodes_of(model))
+
+
+class Copies:
+    """What a rewrite calls in place of the old operations: a fresh copy of each, one for all of its calls.
+
+    Copies matter because an operation called in several graphs would answer `layer.output` from the first of them.
+    Layers with weights are used as they are: they end up inside of a `Quantized`, which is called just once.
+    """
+
+    def __init__(self):
+        self._copies = {}
+
+    def __getitem__(self, operation):
+        if isinstance(operation, keras.Layer) and operation.weights and not _only_seeds(operation):
+            return operation
+        if id(operation) not in self._copies:
+            self._copies[id(operation)] = (operation, clone(operation))
+        return self._copies[id(operation)][1]
+
+
+def _only_seeds(layer) -> bool:
+    return not layer.trainable_weights and all("seed" in weight.path for weight in layer.weights)

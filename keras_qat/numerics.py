@@ -1,0 +1,151 @@
+"""The one home of the arithmetic: ranges → scale and zero point, real values → the integer grid.
+
+Everything here is a pure function. The functions on tensors work in float32 exactly as the ones on numpy arrays do, so
+that the integers `freeze` writes are those that training saw.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from keras_qat.spec import Spec
+
+# Ranges narrower than this (a dead layer, a constant zero) are widened to it, so that scales stay positive.
+SMALLEST_SPAN = 1e-8
+# The scale of a channel without any weight. Small against every real one: XNNPACK refuses s_in·s_w/s_out ≥ 256.
+_SCALE_OF_NOTHING = 1e-10
+# Biases are kept below 2^29 steps of their accumulator, a safe distance from the end of int32.
+_LARGEST_BIAS = 2.0**29
+
+
+def widen(low, high):
+    """Makes a range hold zero and have a width: `min(low, 0)`, `max(high, 0)`, at least `SMALLEST_SPAN` apart."""
+    low = ops.minimum(low, 0.0)
+    return low, ops.maximum(high, low + SMALLEST_SPAN)
+
+
+def scale_and_zero_point(low, high, spec: Spec):
+    """The grid on which TensorFlow's fake quantization kernel puts values of the range `low..high`.
+
+    `scale = (high - low) / (2^bits - 1)`, `zero_point = qmin + clip(round(-low / scale), 0, 2^bits - 1)`: float32
+    divisions, rounded half away from zero, as that kernel does it. `low <= 0 <= high` is required (see `widen`).
+
+    Args:
+        low, high: Scalars: numpy floats, or tensors.
+        spec: The bits.
+
+    Returns:
+        `(scale, zero_point)`, numpy float32 and int for numpy input, else float32 tensors.
+    """
+    steps = np.float32(2**spec.bits - 1)
+    if isinstance(low, (float, np.floating)):
+        scale = (np.float32(high) - np.float32(low)) / steps
+        zero = np.floor(-np.float32(low) / scale + np.float32(0.5))
+        return scale, int(np.clip(zero, 0, steps)) + spec.qmin
+    scale = (high - low) / steps
+    return scale, ops.clip(ops.floor(-low / scale + 0.5), 0, steps) + spec.qmin
+
+
+def fake_quant(x, low, high, spec: Spec, nonnegative: bool = False):
+    """Rounds `x` to the grid of the range `low..high`; the result stays float.
+
+    Formula: `(clip(floor(x / scale + 0.5) + zero_point, qmin, qmax) - zero_point) · scale`.
+    Gradient: 1 where `low <= x <= high`, else 0 (straight through, clipped).
+
+    Args:
+        x: Float tensor.
+        low, high: Scalar tensors with `low <= 0 <= high`, which get no gradient.
+        spec: The bits.
+        nonnegative: `x >= 0` is known (behind a relu), which saves a pass over the gradient.
+    """
+    low, high = tf.convert_to_tensor(low), tf.convert_to_tensor(high)
+
+    @tf.custom_gradient
+    def straight_through(values):
+        rounded = tf.quantization.fake_quant_with_min_max_vars(values, low, high, num_bits=spec.bits)
+
+        def gradient(upstream):
+            inside = values <= high
+            if not nonnegative:
+                inside = tf.logical_and(inside, values >= low)
+            return upstream * tf.cast(inside, upstream.dtype)
+
+        return rounded, gradient
+
+    return straight_through(tf.convert_to_tensor(x))
+
+
+def away_from_zero(x, low, high, spec: Spec):
+    """Moves `x` by a hair so that `fake_quant` rounds ties as TFLite's AVERAGE_POOL_2D does.
+
+    The kernel divides the sum of int8 values and rounds half away from the *integer* zero. In float a tie is never hit
+    exactly; a shift of 1/5000 step decides it, and moves nothing else for windows of up to 2,500 values.
+    """
+    scale, zero_point = scale_and_zero_point(low, high, spec)
+    hair = scale * 2e-4
+    return x + ops.stop_gradient(ops.where(x >= -zero_point * scale, hair, -hair))
+
+
+def weight_scale(weights, spec: Spec, channel_axes: tuple[int, ...]):
+    """`max|w| / qmax` per output channel (or per tensor), with a floor for channels without any weight.
+
+    An empty channel takes the scale of the largest one, which costs nothing and keeps its bias precise.
+
+    Returns:
+        A float32 tensor with as many axes as `weights`, of size 1 where it is shared.
+    """
+    channels = {axis % len(weights.shape) for axis in channel_axes} if spec.per_channel else set()
+    shared = [axis for axis in range(len(weights.shape)) if axis not in channels]
+    largest = ops.max(ops.abs(weights), axis=shared, keepdims=True)
+    substitute = ops.maximum(ops.max(largest), _SCALE_OF_NOTHING * spec.qmax)
+    # Multiplied, not divided: XLA turns a division by a constant into this, and both must agree to the bit.
+    return ops.where(largest > substitute * 1e-6, largest, substitute) * np.float32(1.0 / spec.qmax)
+
+
+def weight_integers(weights, scale, spec: Spec):
+    """`clip(round_half_even(w / scale), qmin, qmax)`: the integers of the file, as floats."""
+    return ops.clip(ops.round(weights / scale), spec.qmin, spec.qmax)
+
+
+def fake_quant_weights(weights, scale, spec: Spec):
+    """`weight_integers · scale`. Gradient: 1, since no weight lies outside of its own range."""
+    weights = tf.convert_to_tensor(weights)
+
+    @tf.custom_gradient
+    def straight_through(values):
+        return weight_integers(values, scale, spec) * scale, lambda upstream: upstream
+
+    return straight_through(weights)
+
+
+def accumulator_scale(input_scale, scale, multiplier, bias):
+    """The real value of one step of a kernel's int32 accumulator, per channel: `|s_in · s_w · multiplier|`.
+
+    `multiplier` is what a folded batch norm (or input scaling) multiplies a channel with. Where it is almost nothing,
+    the step is held large enough for the bias to fit into int32; the weights then add nothing that could be seen.
+    """
+    step = ops.abs(input_scale * scale * multiplier)
+    return ops.maximum(step, ops.abs(bias) * (1.0 / _LARGEST_BIAS) + _SCALE_OF_NOTHING * _SCALE_OF_NOTHING)
+
+
+def round_bias(bias, step):
+    """Puts a bias on the grid of its accumulator: `round(b / step) · step`. Gradient: 1."""
+    bias, step = tf.convert_to_tensor(bias), tf.stop_gradient(tf.convert_to_tensor(step))
+
+    @tf.custom_gradient
+    def straight_through(values):
+        return ops.round(values / step) * step, lambda upstream: upstream
+
+    return straight_through(bias)
+
+
+def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization):
+    """A batch norm at inference as `x · multiplier + offset`."""
+    multiplier = ops.rsqrt(batch_norm.moving_variance + batch_norm.epsilon)
+    if batch_norm.scale:
+        multiplier = multiplier * batch_norm.gamma
+    offset = -batch_norm.moving_mean * multiplier
+    if batch_norm.center:
+        offset = offset + batch_norm.beta
+    return multiplier, offset

@@ -1,0 +1,213 @@
+"""The table: what each Keras operation is to the integer world. Annotate, freeze and explain all read it.
+
+To add an op, add a row here and a function to graph/emit.py that writes it. The ranges a row can have:
+
+    own      the result gets a range of its own, observed in training
+    same     values are only moved or chosen: the result shares its inputs' range and needs no rounding
+    rounded  shares its input's range, but its values have to be rounded to that grid again (averages)
+    fixed    TFLite prescribes the range
+    clamp    relu and its like: fused into the op in front of it where that op can, one range behind it
+    train    does something in training only, and is not in the file
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from keras_qat.graph import emit
+from keras_qat.graph.walk import key_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One operation.
+
+    Args:
+        op: The TFLite op(s), for people.
+        range: See above; or a function of the node that says which.
+        emit: Writes the op into a program.
+        channels: The axes of the kernel that number the output channels; for layers with quantized weights.
+        fuses: The TFLite op takes a fused activation.
+        limits: The prescribed range of a "fixed" row.
+        refuses: `node -> (reason, way out)` for the configurations that TFLite cannot express, else None.
+    """
+
+    op: str
+    range: str | Callable
+    emit: Callable | None = None
+    channels: tuple[int, ...] = ()
+    fuses: bool = False
+    limits: tuple[float, float] | None = None
+    refuses: Callable | None = None
+
+    def range_kind(self, node) -> str:
+        return self.range(node) if callable(self.range) else self.range
+
+
+def _channels_last(node):
+    if getattr(node.operation, "data_format", "channels_last") != "channels_last":
+        return "It runs in channels_first, which TFLite does not have.", "Build it with data_format='channels_last'."
+    return None
+
+
+def _transposed(node):
+    if any(rate != 1 for rate in node.operation.dilation_rate):
+        return "TFLite has no dilated transposed convolution.", "Use dilation_rate=1."
+    return _channels_last(node)
+
+
+def _batch_norm(node):
+    axis, rank = node.operation.axis, len(node.input_tensors[0].shape)
+    if axis % rank != rank - 1:
+        return f"It normalizes axis {axis}, not the last one.", "Use BatchNormalization(axis=-1)."
+    return None
+
+
+def _softmax(node):
+    axis, rank = node.operation.axis, len(node.input_tensors[0].shape)
+    if not isinstance(axis, int) or axis % rank != rank - 1:
+        return f"TFLite's SOFTMAX works on the last axis; this one has axis={axis}.", "Permute the axis to the end."
+    return None
+
+
+def _two_tensors(node):
+    if len(node.input_tensors) != 2:
+        return "One of its operands is a constant of a shape it cannot fold.", "Use one number, or one per channel."
+    return None
+
+
+def _slices(node):
+    keys = emit.slice_keys(node)
+    steps = [k for k in keys if isinstance(k, slice)]
+    if any(not isinstance(k, (int, slice, type(None), type(Ellipsis))) for k in keys):
+        return f"Only numbers and slices can stand in the brackets. Received: {keys}", "Use ops.take for the rest."
+    if any(k.step is not None and k.step < 0 for k in steps):
+        return "A slice runs backwards.", "Use a positive step."
+    if keys and keys[0] not in (Ellipsis, slice(None)):
+        return "It slices the batch axis.", "Slice behind the batch axis only."
+    return None
+
+
+def _relu_with_options(node):
+    op = node.operation
+    if op.threshold != 0 or op.negative_slope != 0 or not op.max_value:
+        return "TFLite has no relu with a threshold, or with both a slope and a maximum.", "Use relu, relu6, leaky_relu."
+    return None
+
+
+def _keeps_batch(node):
+    shape_in, shape_out = node.input_tensors[0].shape, node.outputs[0].shape
+    if None in shape_out[1:] or shape_out[0] != shape_in[0]:
+        return f"It mixes the batch into another axis ({shape_in} → {shape_out}).", "Keep the batch axis as it is."
+    return None
+
+
+def _transposes(node):
+    order = emit.transpose_order(node)
+    return None if order[0] == 0 else (f"It moves the batch axis (axes={order}).", "Keep axis 0 in front.")
+
+
+def _pads(node):
+    if getattr(node.operation, "mode", "constant") != "constant":
+        return f"It pads with mode={node.operation.mode!r}.", "Pad with zeros (mode='constant')."
+    return _channels_last(node)
+
+
+def _pad_range(node):
+    return "same" if emit.pad_value(node) == 0 else "rounded"
+
+
+def _upsampling_range(node):
+    return "same" if node.operation.interpolation == "nearest" else "rounded"
+
+
+def _upsamples(node):
+    if getattr(node.operation, "interpolation", "nearest") not in ("nearest", "bilinear"):
+        return f"interpolation={node.operation.interpolation!r} has no TFLite op.", "Use 'nearest' or 'bilinear'."
+    return _channels_last(node)
+
+
+_MOVES = dict(range="same", refuses=_keeps_batch)
+_POOL = dict(fuses=False, refuses=_channels_last)
+_SIGMOID = Row("LOGISTIC", "fixed", emit.logistic, limits=(0.0, 255 / 256))
+_TANH = Row("TANH", "fixed", emit.tanh, limits=(-1.0, 127 / 128))
+_SOFTMAX = Row("SOFTMAX", "fixed", emit.softmax, limits=(0.0, 255 / 256), refuses=_softmax)
+_MAX_POOL = Row("MAX_POOL_2D", "same", emit.max_pool, **_POOL)
+_AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", emit.average_pool, **_POOL)
+_GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", emit.global_max_pool, **_POOL)
+_GLOBAL_AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", emit.global_average_pool, **_POOL)
+_PAD = Row("PAD", _pad_range, emit.pad, refuses=_pads)
+_UPSAMPLING = Row("RESIZE_*", _upsampling_range, emit.upsampling, refuses=_upsamples)
+_RESHAPE = Row("RESHAPE", emit=emit.reshape, **_MOVES)
+_TRAINING_ONLY = Row("-", "train")
+
+OPERATIONS: dict[str, Row] = {
+    # weights
+    "Dense": Row("FULLY_CONNECTED", "own", emit.fully_connected, channels=(-1,), fuses=True),
+    "Conv1D": Row("CONV_2D", "own", emit.conv_1d, channels=(-1,), fuses=True, refuses=_channels_last),
+    "Conv2D": Row("CONV_2D", "own", emit.conv_2d, channels=(-1,), fuses=True, refuses=_channels_last),
+    "DepthwiseConv1D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_1d, (1, 2), True, refuses=_channels_last),
+    "DepthwiseConv2D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_2d, (2, 3), True, refuses=_channels_last),
+    "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", emit.conv_2d_transpose, (2,), True, refuses=_transposed),
+    "ChannelScale": Row("DEPTHWISE_CONV_2D / MUL / ADD", "own", emit.channel_scale, channels=(0,), fuses=True),
+    "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", refuses=_batch_norm),
+    # arithmetic
+    "ops.Add": Row("ADD", "own", emit.add, fuses=True, refuses=_two_tensors),
+    "ops.Subtract": Row("SUB", "own", emit.subtract, fuses=True, refuses=_two_tensors),
+    "ops.Multiply": Row("MUL", "own", emit.multiply, fuses=True, refuses=_two_tensors),
+    "ops.Maximum": Row("MAXIMUM", "same", emit.maximum, refuses=_two_tensors),
+    "ops.Minimum": Row("MINIMUM", "same", emit.minimum, refuses=_two_tensors),
+    # activations
+    "ops.Relu": Row("RELU", "clamp", emit.relu),
+    "ops.Relu6": Row("RELU6", "clamp", emit.relu6),
+    "ops.LeakyRelu": Row("LEAKY_RELU", "own", emit.leaky_relu),
+    "ops.HardSilu": Row("HARD_SWISH", "own", emit.hard_swish),
+    "ops.Sigmoid": _SIGMOID,
+    "ops.Tanh": _TANH,
+    "ops.Softmax": _SOFTMAX,
+    # pooling
+    "MaxPooling1D": _MAX_POOL,
+    "MaxPooling2D": _MAX_POOL,
+    "AveragePooling1D": _AVERAGE_POOL,
+    "AveragePooling2D": _AVERAGE_POOL,
+    "GlobalMaxPooling1D": _GLOBAL_MAX_POOL,
+    "GlobalMaxPooling2D": _GLOBAL_MAX_POOL,
+    "GlobalAveragePooling1D": _GLOBAL_AVERAGE_POOL,
+    "GlobalAveragePooling2D": _GLOBAL_AVERAGE_POOL,
+    # shape
+    "ZeroPadding1D": _PAD,
+    "ZeroPadding2D": _PAD,
+    "ops.Pad": _PAD,
+    "UpSampling1D": _UPSAMPLING,
+    "UpSampling2D": _UPSAMPLING,
+    "Reshape": _RESHAPE,
+    "Flatten": _RESHAPE,
+    "ops.Reshape": _RESHAPE,
+    "ops.ExpandDims": _RESHAPE,
+    "ops.Squeeze": _RESHAPE,
+    "ops.Transpose": Row("TRANSPOSE", "same", emit.transpose, refuses=_transposes),
+    "ops.GetItem": Row("STRIDED_SLICE", "same", emit.strided_slice, refuses=_slices),
+    "ops.Concatenate": Row("CONCATENATION", "same", emit.concatenation),
+    # training only
+    "Identity": _TRAINING_ONLY,
+    "ops.Cast": _TRAINING_ONLY,
+    "ops.Identity": _TRAINING_ONLY,
+    "ActivityRegularization": _TRAINING_ONLY,
+    "AlphaDropout": _TRAINING_ONLY,
+    "Dropout": _TRAINING_ONLY,
+    "SpatialDropout1D": _TRAINING_ONLY,
+    "SpatialDropout2D": _TRAINING_ONLY,
+    "GaussianDropout": _TRAINING_ONLY,
+    "GaussianNoise": _TRAINING_ONLY,
+    **{
+        f"Random{what}": _TRAINING_ONLY
+        for what in (
+            "Flip Rotation Zoom Translation Contrast Brightness Hue Saturation Sharpness Shear ColorJitter "
+            "ColorDegeneration Erasing Grayscale Invert Perspective Posterization GaussianBlur ElasticTransform"
+        ).split()
+    },
+}
+
+
+def row_of(operation) -> Row | None:
+    """The row of an operation, or None where the table has none."""
+    return OPERATIONS.get(key_of(operation))

@@ -1,0 +1,257 @@
+"""`quantize` and `explain`: the way from a float model to a QAT model, and what it would do on the way."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import tree
+
+from keras_qat.errors import Problem, UnsupportedModelError
+from keras_qat.graph.annotate import Plan, annotate, plan, row_of_node
+from keras_qat.graph.freeze import output_names
+from keras_qat.graph.fuse import fuse
+from keras_qat.graph.lower import lowering_of
+from keras_qat.graph.trace import trace
+from keras_qat.graph.walk import nodes_of
+from keras_qat.operations import row_of
+from keras_qat.report import table
+from keras_qat.spec import Rule, Rules, Scheme, resolve_scheme
+
+_INTEGER_INPUTS = {"uint8": (0.0, 255.0), "int8": (-128.0, 127.0)}
+
+
+def quantize(
+    model: keras.Model,
+    scheme: str | Scheme = "int8",
+    rules: Sequence[Rule] = (),
+    *,
+    input_range=None,
+    inputs=None,
+) -> keras.Model:
+    """Makes a quantization-aware copy of a model: train it like any Keras model, then `kq.export` it.
+
+    Args:
+        model: Any built Keras 3 model. It is left as it is.
+        scheme: "int8", or a `kq.Scheme`.
+        rules: `kq.Rule`s that give chosen layers a scheme of their own; the first match wins.
+        input_range: `(low, high)` where the range of the input is known (raw pixels: `(0, 255)`), or a dict of such
+            pairs by input name. It is then fixed instead of observed.
+        inputs: A `keras.Input` (or a structure of them) for a subclassed model that never saw data.
+
+    Returns:
+        A functional `keras.Model` with inputs and outputs of the same names, not compiled.
+
+    Raises:
+        UnsupportedModelError: names every layer that cannot be put into integers, and the way out.
+
+    Example:
+        ```python
+        qat = kq.quantize(model, input_range=(0, 255))
+        qat.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+        qat.fit(x_train, y_train)
+        kq.export(qat, "model.tflite", verify_with=x_test)
+        ```
+    """
+    prepared = _prepare(model, scheme, rules, input_range, inputs)
+    if prepared.problems:
+        raise UnsupportedModelError(prepared.problems)
+    if prepared.rules.unused:
+        warnings.warn(f"These rules matched no layer: {prepared.rules.unused}", stacklevel=2)
+    return _with_output_names(annotate(prepared.fused, prepared.plan), prepared.output_names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One node of `Explanation`. `reason` is empty where it can be quantized."""
+
+    layer: str
+    operation: str
+    integer_op: str
+    range: str
+    bits: str
+    group: str
+    reason: str = ""
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `kq.quantize` would do, a row per node; prints as a table."""
+
+    rows: list[Row]
+    problems: list[Problem]
+
+    @property
+    def supported(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        heading = ("layer", "keras", "integer op", "range", "bits", "group")
+        body = [(r.layer, r.operation, r.integer_op, r.range, r.bits, r.group) for r in self.rows]
+        text = table(heading, body)
+        if self.problems:
+            text += "\n\nCannot be quantized:\n" + "\n".join(f"  - {problem}" for problem in self.problems)
+        return text
+
+    def to_dict(self) -> dict:
+        problems = [dataclasses.asdict(problem) for problem in self.problems]
+        return {"rows": [row.to_dict() for row in self.rows], "problems": problems}
+
+
+def explain(
+    model: keras.Model,
+    scheme: str | Scheme = "int8",
+    rules: Sequence[Rule] = (),
+    *,
+    input_range=None,
+    inputs=None,
+) -> Explanation:
+    """Tells, before any training, what each layer becomes, or why it cannot be quantized and what to do.
+
+    Args: as of `kq.quantize`.
+    """
+    prepared = _prepare(model, scheme, rules, input_range, inputs)
+    if prepared.problems:
+        rows = [_row_before_planning(node) for node in nodes_of(prepared.flat)]
+    else:
+        rows = [_row(node, prepared) for node in nodes_of(prepared.fused)]
+    by_layer = {problem.layer: problem for problem in prepared.problems}
+    rows = [
+        dataclasses.replace(row, integer_op="none", range="-", reason=by_layer[row.layer].reason)
+        if row.layer in by_layer
+        else row
+        for row in rows
+    ]
+    return Explanation(rows, prepared.problems)
+
+
+@dataclasses.dataclass
+class _Prepared:
+    flat: keras.Model
+    problems: list[Problem]
+    output_names: list[str]
+    rules: Rules
+    fused: keras.Model | None = None
+    plan: Plan | None = None
+
+
+def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
+    """Everything up to the plan; stops at the flat model if there are problems."""
+    known = Rules(rules, resolve_scheme(scheme))
+    flat, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
+    names = _output_names_of(model, flat)
+    problems = problems + _refusals(flat) + _bad_weights(flat) + _never_called(model)
+    prepared = _Prepared(flat, problems, names, known)
+    if not problems:
+        _free_names(flat, names)
+        prepared.fused = fuse(flat, known)
+        prepared.plan = plan(prepared.fused, _input_ranges(flat, input_range))
+    return prepared
+
+
+def _output_names_of(model, flat) -> list[str]:
+    """The float model's output names; for subclassed models those of the layers that make the outputs."""
+    functional = getattr(model, "_functional", None) or model
+    names = getattr(functional, "output_names", None)
+    return list(names) if names else output_names(flat)
+
+
+def _free_names(flat, names) -> None:
+    """Lets go of the names that the outputs are to have: "predictions" is what the outside world sees of a Dense."""
+    for operation in {id(node.operation): node.operation for node in nodes_of(flat)}.values():
+        if operation.name in names:
+            operation.name = f"{operation.name}.{type(operation).__name__.lower()}"
+
+
+def _with_output_names(qat, names):
+    """The QAT model with outputs named as in float: losses and metrics by name go on working."""
+    flat = [
+        tensor if tensor._keras_history.operation.name == name else keras.layers.Identity(name=name)(tensor)
+        for name, tensor in zip(names, qat.outputs, strict=True)
+    ]
+    outputs = tree.pack_sequence_as(qat._outputs_struct, flat)
+    return keras.Model(qat._inputs_struct, outputs, name=qat.name)
+
+
+def _refusals(flat) -> list[Problem]:
+    """The nodes whose configuration TFLite cannot express."""
+    found = []
+    for node in nodes_of(flat):
+        row = row_of(node.operation)
+        answer = row.refuses(node) if row is not None and row.refuses is not None else None
+        if answer is not None:
+            found.append(Problem(_path(node.operation), type(node.operation).__name__, *answer))
+    return found
+
+
+def _bad_weights(flat) -> list[Problem]:
+    found = []
+    for layer in flat.layers:
+        for weight in layer.weights:
+            if "seed" not in weight.path and not np.all(np.isfinite(np.asarray(weight, np.float32))):
+                reason = f"Its weight {weight.name!r} holds NaN or infinite values."
+                found.append(Problem(_path(layer), type(layer).__name__, reason, "Load or train sound weights first."))
+                break
+    return found
+
+
+def _never_called(model) -> list[Problem]:
+    reason = "It belongs to the model but was never called, so it has no weights and no place in the graph."
+    return [
+        Problem(layer.name, type(layer).__name__, reason, "Call it in the model's call, or take it out.")
+        for layer in model._flatten_layers(include_self=False)
+        if not layer.built
+    ]
+
+
+def _input_ranges(flat, input_range) -> dict[str, tuple[float, float]]:
+    """What is known of the inputs: what the user says, and what an integer type implies."""
+    names = [tensor._keras_history.operation.name for tensor in flat.inputs]
+    known = {
+        name: _INTEGER_INPUTS[tensor.dtype]
+        for name, tensor in zip(names, flat.inputs, strict=True)
+        if tensor.dtype in _INTEGER_INPUTS
+    }
+    if input_range is None:
+        return known
+    given = input_range if isinstance(input_range, dict) else dict.fromkeys(names, input_range)
+    for name, pair in given.items():
+        if name not in names:
+            raise ValueError(f"input_range names an input the model does not have. Expected: {names}. Received: {name!r}")
+        if len(pair) != 2 or not pair[0] < pair[1] or not np.all(np.isfinite(pair)):
+            raise ValueError(f"A range is (low, high) with low < high. Received for input {name!r}: {pair}")
+    return {**known, **{name: (min(float(low), 0.0), max(float(high), 0.0)) for name, (low, high) in given.items()}}
+
+
+def _path(operation) -> str:
+    return operation.name.replace(".", "/")
+
+
+def _row_before_planning(node) -> Row:
+    row = row_of(node.operation)
+    return Row(_path(node.operation), type(node.operation).__name__, row.op if row else "none", "", "", "")
+
+
+def _row(node, prepared: _Prepared) -> Row:
+    decided, row = prepared.plan, row_of_node(node)
+    operation = getattr(node.operation, "layer", node.operation)
+    site = decided.sites.get(id(node.outputs[0]))
+    if decided.kinds[id(node)] == "train":
+        range_kind = "training only"
+    elif id(node) in decided.fused:
+        range_kind = f"{site.kind}, fused"
+    elif site is None:
+        range_kind = "as input" if decided.kinds[id(node)] == "same" else "behind the activation"
+    else:
+        range_kind = site.kind
+    weights = getattr(node.operation, "weight_quantizer", None)
+    bits = f"w{weights.spec.bits} a8" if weights is not None else ("" if range_kind == "training only" else "a8")
+    shared = site is not None and len(decided.groups[site.group]) > 1
+    folded = " + BatchNormalization" if getattr(node.operation, "batch_norm", None) is not None else ""
+    name = type(operation).__name__
+    keras_name = "BatchNormalization" if name == "ChannelScale" and folded else name + folded
+    return Row(_path(node.operation), keras_name, row.op, range_kind, bits, str(site.group) if shared else "")

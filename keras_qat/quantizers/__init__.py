@@ -1,0 +1,7 @@
+"""How the range of a tensor is found, one idea per file."""
+
+from keras_qat.quantizers.fixed import Fixed
+from keras_qat.quantizers.max_abs import MaxAbs
+from keras_qat.quantizers.moving_average import MovingAverage
+
+__all__ = ["Fixed", "MaxAbs", "MovingAverage"]

@@ -1,0 +1,96 @@
+"""What is to be quantized and how finely: plain values that everything else reads."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How one kind of tensor is put into integers.
+
+    Args:
+        bits: 2 to 8 (16 for activations is not supported by a scheme yet).
+        symmetric: zero point 0, and the range leaves out the lowest integer (-127..127), as TFLite wants of weights.
+        per_channel: one scale per output channel instead of one per tensor.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    per_channel: bool = False
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"Spec.bits goes from 2 to 8. Received: bits={self.bits}")
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1)) + (1 if self.symmetric else 0)
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """A pair of specs under a name that `kq.quantize(model, scheme=...)` takes."""
+
+    name: str = "int8"
+    activations: Spec = Spec()
+    weights: Spec = Spec(symmetric=True, per_channel=True)
+
+
+SCHEMES = {"int8": Scheme()}
+
+
+def resolve_scheme(scheme: str | Scheme) -> Scheme:
+    """A scheme's name, or a scheme itself → the scheme."""
+    if isinstance(scheme, Scheme):
+        found = scheme
+    elif scheme in SCHEMES:
+        found = SCHEMES[scheme]
+    else:
+        raise ValueError(f"Unknown scheme. Expected one of {sorted(SCHEMES)} or a kq.Scheme. Received: {scheme!r}")
+    if found.activations.bits != 8 or found.activations.symmetric:
+        raise ValueError(f"Activations are 8-bit and asymmetric in every scheme so far. Received: {found.activations}")
+    if not found.weights.symmetric:
+        raise ValueError(f"TFLite kernels read symmetric weights only. Received: {found.weights}")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Gives the layers whose path matches `pattern` (shell-style: `*`, `?`, `[ab]`) a scheme of their own.
+
+    Rules stand in a list; the first match wins.
+
+    Example:
+        `kq.quantize(model, rules=[kq.Rule("head/*", kq.Scheme(weights=kq.Spec(bits=4, symmetric=True)))])`
+    """
+
+    pattern: str
+    scheme: str | Scheme
+
+
+class Rules:
+    """An ordered list of rules that remembers which of them were ever used, so that a typo shows."""
+
+    def __init__(self, rules: Sequence[Rule], default: Scheme):
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise ValueError(f"rules is a list of kq.Rule. Received: {rule!r}")
+        self._rules = [(rule, resolve_scheme(rule.scheme)) for rule in rules]
+        self._default = default
+        self._used: set[str] = set()
+
+    def scheme_of(self, path: str) -> Scheme:
+        for rule, scheme in self._rules:
+            if fnmatch.fnmatchcase(path, rule.pattern):
+                self._used.add(rule.pattern)
+                return scheme
+        return self._default
+
+    @property
+    def unused(self) -> list[str]:
+        return [rule.pattern for rule, _ in self._rules if rule.pattern not in self._used]

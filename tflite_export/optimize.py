@@ -1,0 +1,101 @@
+"""Program → leaner program with the same integers: each rewrite is one function in `REWRITES`."""
+
+import dataclasses
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from tflite_export.program import Op, Program
+
+
+def optimize(program: Program) -> Program:
+    """Applies all rewrites, in order, and drops the tensors that nothing uses any more."""
+    for rewrite in REWRITES:
+        program = rewrite(program)
+    return _without_unused_tensors(program)
+
+
+def merge_reshapes(program: Program) -> Program:
+    """RESHAPE of a RESHAPE reads the first one's input; a RESHAPE to the shape that is there already vanishes."""
+    producers, tensors = program.producers(), program.tensors
+    ops, renamed = [], {}
+    for op in program.ops:
+        op = dataclasses.replace(op, inputs=[renamed.get(name, name) for name in op.inputs])
+        if op.kind == "RESHAPE":
+            before = producers.get(op.inputs[0])
+            while before is not None and before.kind == "RESHAPE":
+                source = renamed.get(before.inputs[0], before.inputs[0])
+                op.inputs[0], before = source, producers.get(source)
+            is_output = op.outputs[0] in program.outputs.values()
+            if tensors[op.inputs[0]].shape == tensors[op.outputs[0]].shape and not is_output:
+                renamed[op.outputs[0]] = op.inputs[0]
+                continue
+        ops.append(op)
+    return _without_unread_ops(dataclasses.replace(program, ops=ops))
+
+
+def fold_pads(program: Program) -> Program:
+    """PAD in front of an unpadded convolution becomes its SAME padding where that pads exactly alike."""
+    consumers, producers = program.consumers(), program.producers()
+    ops = []
+    for op in program.ops:
+        before = producers.get(op.inputs[0])
+        if op.kind in ("CONV_2D", "DEPTHWISE_CONV_2D") and before is not None and before.kind == "PAD":
+            if len(consumers[before.outputs[0]]) == 1 and _pads_like_same(op, before, program):
+                op = dataclasses.replace(
+                    op,
+                    inputs=[before.inputs[0], *op.inputs[1:]],
+                    options={**op.options, "padding": schema.Padding.SAME},
+                )
+        ops.append(op)
+    return _without_unread_ops(dataclasses.replace(program, ops=ops))
+
+
+def _pads_like_same(op: Op, pad: Op, program: Program) -> bool:
+    tensors, options = program.tensors, op.options
+    if options["padding"] != schema.Padding.VALID:
+        return False
+    expected = [[0, 0]]
+    for axis, letter in ((1, "H"), (2, "W")):
+        size, result = tensors[pad.inputs[0]].shape[axis], tensors[op.outputs[0]].shape[axis]
+        stride, dilation = options[f"stride{letter}"], options[f"dilation{letter}Factor"]
+        if result != -(-size // stride):
+            return False
+        reach = (tensors[op.inputs[1]].shape[axis] - 1) * dilation + 1
+        total = max((result - 1) * stride + reach - size, 0)
+        expected.append([total // 2, total - total // 2])
+    return np.array_equal(tensors[pad.inputs[1]].data, [*expected, [0, 0]])
+
+
+def flatten_for_fully_connected(program: Program) -> Program:
+    """FULLY_CONNECTED flattens what it reads itself: a RESHAPE that only prepares that is not needed."""
+    producers, tensors = program.producers(), program.tensors
+    ops = []
+    for op in program.ops:
+        before = producers.get(op.inputs[0])
+        if op.kind == "FULLY_CONNECTED" and before is not None and before.kind == "RESHAPE":
+            wide, flat = tensors[before.inputs[0]].shape, tensors[before.outputs[0]].shape
+            if len(flat) == 2 and len(wide) == 4 and wide[1:3] == (1, 1):
+                op = dataclasses.replace(op, inputs=[before.inputs[0], *op.inputs[1:]])
+        ops.append(op)
+    return _without_unread_ops(dataclasses.replace(program, ops=ops))
+
+
+REWRITES = (merge_reshapes, fold_pads, flatten_for_fully_connected)
+
+
+def _without_unread_ops(program: Program) -> Program:
+    read = set(program.outputs.values())
+    kept = []
+    for op in reversed(program.ops):
+        if any(name in read for name in op.outputs):
+            kept.append(op)
+            read.update(op.inputs)
+    return dataclasses.replace(program, ops=kept[::-1])
+
+
+def _without_unused_tensors(program: Program) -> Program:
+    used = {*program.inputs.values(), *program.outputs.values()}
+    for op in program.ops:
+        used.update(op.inputs, op.outputs)
+    return dataclasses.replace(program, tensors={k: v for k, v in program.tensors.items() if k in used})
