@@ -51,7 +51,11 @@ class FakeQuant(keras.layers.Layer):
     def build(self, input_shape):
         self.quantizer.build(input_shape)
 
-    def call(self, x, site=0, observe=True, rounding="half_up", training=None):
+    def call(self, x, site=0, observe=True, rounding="half_up", peek=False, training=None):
+        """Rounds `x`; with `peek` leaves it alone and just tells the scale, before the tensor itself is there."""
+        if peek:
+            low, high = numerics.widen(*self.quantizer.known_limits())
+            return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
         x = ops.cast(x, "float32")
         if _calibrating.get():
             if observe and self.quantizer.observes:
@@ -105,6 +109,11 @@ class ChannelScale(keras.layers.Layer):
         both_scalar = self.factors.size == self.offsets.size == 1
         return (float(self.factors[0]), float(self.offsets[0])) if both_scalar else None
 
+    @property
+    def is_one_number(self) -> bool:
+        """It only multiplies by one number, or only adds one."""
+        return self.scalars is not None and (self.scalars[0] == 1 or self.scalars[1] == 0)
+
     def build(self, input_shape):
         channels = (int(input_shape[-1]),)
         self.kernel = self.add_weight(
@@ -147,8 +156,10 @@ def _constant(values):
 class Quantized(keras.layers.Layer):
     """Runs a layer on quantized weights; with a batch norm behind it where `freeze` will fold that in.
 
-    In training the batch norm uses the batch's statistics, as in float. At inference its offset and the layer's bias
-    become one bias, rounded to the int32 grid `s_in · s_w · multiplier` of the file.
+    In training it is the layer in float, its kernel fake-quantized, then the batch norm on the batch's statistics. At
+    inference it computes what the file will compute: integers times integers, plus one int32 bias that holds the layer's
+    own, the batch norm and the input scaling, times the real value of one step of that sum. (All in float32, which is
+    exact for integers up to 2^24.)
 
     Args:
         layer: Any layer with a `kernel` (and a `bias`), its activation taken off.
@@ -188,28 +199,22 @@ class Quantized(keras.layers.Layer):
         if self.batch_norm is not None and not self.batch_norm.built:
             self.batch_norm.build(self.layer.compute_output_shape(input_shape))
 
-    def call(self, x, input_scale=None, training=None):
-        kernel, weight_scale = self.weight_quantizer.quantize_weights(self.layer.kernel)
-        multiplier, offset = self.input_scaling
-        if self.batch_norm is not None and training and self.batch_norm.trainable:
-            y = self._linear(x, kernel, bias=self.layer.bias if self.layer.use_bias else None)
-            return self.batch_norm(self._with_input_scaling(y, kernel), training=True)
-        bias = self._total_bias(kernel)
-        y = self._linear(x, kernel, bias=None)
-        if self.batch_norm is not None:
-            multiplier = numerics.batch_norm_multiplier_and_offset(self.batch_norm)[0] * multiplier
-            y = y * multiplier
-        elif multiplier != 1.0:
-            y = y * multiplier
-        if bias is None:
-            return y
-        if input_scale is not None:
-            bias = numerics.round_bias(
-                bias, numerics.accumulator_scale(input_scale, weight_scale, multiplier, ops.stop_gradient(bias))
-            )
-        return y + bias
+    def call(self, x, input_scale=None, output_scale=None, training=None):
+        if training or input_scale is None:
+            return self._in_training(x, training)
+        integers = self.integers(input_scale, output_scale)
+        sums = self._linear(ops.round(x / input_scale), integers.kernel)
+        return (sums + integers.bias) * integers.step
 
-    def _linear(self, x, kernel, bias):
+    def _in_training(self, x, training):
+        kernel = self.weight_quantizer.fake_quant(self.layer.kernel)
+        y = self._linear(x, kernel, self.layer.bias if self.layer.use_bias else None)
+        multiplier, offset = self.input_scaling
+        if multiplier != 1.0 or offset != 0.0:
+            y = y * multiplier + offset * self._kernel_sums(kernel)
+        return y if self.batch_norm is None else self.batch_norm(y, training=training)
+
+    def _linear(self, x, kernel, bias=None):
         """The layer's own computation with `kernel` and `bias` in place of its variables."""
         replaced = [(self.layer.kernel, kernel)]
         if self.layer.use_bias:
@@ -217,44 +222,41 @@ class Quantized(keras.layers.Layer):
         with keras.StatelessScope(state_mapping=replaced):
             return self.layer.call(x)
 
-    def _with_input_scaling(self, y, kernel):
+    def integers(self, input_scale, output_scale) -> "IntegerWeights":
+        """The integers of the file. Inference runs on them, and `freeze` writes them."""
+        kernel = self.weight_quantizer.integers(self.layer.kernel)
+        scale = self.weight_quantizer.channel_scale(self.layer.kernel)
+        multiplier, bias = self._multiplier_and_bias(kernel, scale)
+        step = numerics.accumulator_step(input_scale, scale, multiplier, bias)
+        if output_scale is not None:
+            step = numerics.snap_to_kernels(step, output_scale)
+        # A negative factor of a batch norm turns the channel's integers around, so that its scale stays positive.
+        kernel = kernel * ops.reshape(ops.where(multiplier < 0, -1.0, 1.0), self._channel_shape(kernel))
+        return IntegerWeights(kernel, step, ops.round(bias / step))
+
+    def _multiplier_and_bias(self, kernel, scale):
+        """What is multiplied to a channel's sum, and what is added to it: bias, input offset, batch norm."""
         multiplier, offset = self.input_scaling
-        if multiplier != 1.0:
-            y = y * multiplier
-        return y if offset == 0.0 else y + offset * self._kernel_sums(kernel)
+        multiplier, bias = multiplier * ops.ones_like(scale), ops.zeros_like(scale)
+        if self.layer.use_bias:
+            bias = bias + self.layer.bias
+        if offset != 0.0:
+            bias = bias + offset * self._kernel_sums(kernel) * scale
+        if self.batch_norm is None:
+            return multiplier, bias
+        norm_multiplier, norm_offset = numerics.batch_norm_multiplier_and_offset(self.batch_norm)
+        return multiplier * norm_multiplier, bias * norm_multiplier + norm_offset
 
     def _kernel_sums(self, kernel):
-        channels = {axis % len(kernel.shape) for axis in self.channel_axes}
-        return ops.reshape(ops.sum(kernel, [axis for axis in range(len(kernel.shape)) if axis not in channels]), (-1,))
+        shared = [axis for axis, size in enumerate(self._channel_shape(kernel)) if size == 1]
+        return ops.reshape(ops.sum(kernel, shared), (-1,))
 
-    def _total_bias(self, kernel):
-        """Everything that is added to a channel at inference, or None: bias, input offset, batch norm."""
-        bias = ops.convert_to_tensor(self.layer.bias) if self.layer.use_bias else None
-        if self.input_scaling[1] != 0.0:
-            offset = self.input_scaling[1] * self._kernel_sums(kernel)
-            bias = offset if bias is None else bias + offset
-        if self.batch_norm is None:
-            return bias
-        multiplier, offset = numerics.batch_norm_multiplier_and_offset(self.batch_norm)
-        return offset if bias is None else bias * multiplier + offset
-
-    def integers(self, input_scale: float) -> "IntegerWeights":
-        """What `freeze` writes: the integers training used, and the scales and biases with everything folded in."""
-        kernel, weight_scale = self.weight_quantizer.quantize_weights(self.layer.kernel)
-        integers = np.asarray(self.weight_quantizer.integers(self.layer.kernel)).astype(np.int8)
-        multiplier = self.input_scaling[0]
-        if self.batch_norm is not None:
-            multiplier = numerics.batch_norm_multiplier_and_offset(self.batch_norm)[0] * multiplier
-        multiplier = np.broadcast_to(np.asarray(multiplier, np.float32), weight_scale.shape)
-        bias = self._total_bias(kernel)
-        bias = np.zeros(weight_scale.shape, np.float32) if bias is None else np.asarray(bias)
-        step = np.asarray(numerics.accumulator_scale(input_scale, weight_scale, multiplier, bias))
-        return IntegerWeights(
-            kernel=_flip_channels(integers, multiplier < 0, self.channel_axes),
-            scale=step / np.float32(input_scale),
-            bias=np.rint(bias / step).astype(np.int32),
-            folded=self.batch_norm is not None or self.input_scaling != (1.0, 0.0),
-        )
+    def _channel_shape(self, kernel) -> list[int]:
+        """The kernel's shape with 1 for every axis that does not number output channels."""
+        shape = [1] * len(kernel.shape)
+        for axis in self.channel_axes:
+            shape[axis] = kernel.shape[axis]
+        return shape
 
     def compute_output_shape(self, input_shape, *_):
         return self.layer.compute_output_shape(input_shape)
@@ -276,24 +278,13 @@ class Quantized(keras.layers.Layer):
 
 @dataclasses.dataclass(frozen=True)
 class IntegerWeights:
-    """Integers of a layer in its Keras layout, the real value of one weight step per channel, and the int32 bias.
+    """Integers (as float tensors): the kernel in Keras's layout, the bias, and the real value of one step per channel."""
 
-    `folded` says that a batch norm or an input scaling is in them.
-    """
-
-    kernel: np.ndarray
-    scale: np.ndarray
-    bias: np.ndarray
-    folded: bool = False
+    kernel: object
+    step: object
+    bias: object
 
 
 def _deserialized(layer):
     return keras.saving.deserialize_keras_object(layer) if isinstance(layer, dict) else layer
 
-
-def _flip_channels(integers, flip, channel_axes):
-    """Negates the channels where a folded batch norm has a negative factor, so that their scale can stay positive."""
-    shape = [1] * integers.ndim
-    for axis in channel_axes:
-        shape[axis] = integers.shape[axis]
-    return np.where(flip.reshape(shape), -integers, integers)

@@ -119,7 +119,7 @@ def fake_quant_weights(weights, scale, spec: Spec):
     return straight_through(weights)
 
 
-def accumulator_scale(input_scale, scale, multiplier, bias):
+def accumulator_step(input_scale, scale, multiplier, bias):
     """The real value of one step of a kernel's int32 accumulator, per channel: `|s_in · s_w · multiplier|`.
 
     `multiplier` is what a folded batch norm (or input scaling) multiplies a channel with. Where it is almost nothing,
@@ -129,15 +129,37 @@ def accumulator_scale(input_scale, scale, multiplier, bias):
     return ops.maximum(step, ops.abs(bias) * (1.0 / _LARGEST_BIAS) + _SCALE_OF_NOTHING * _SCALE_OF_NOTHING)
 
 
-def round_bias(bias, step):
-    """Puts a bias on the grid of its accumulator: `round(b / step) · step`. Gradient: 1."""
-    bias, step = tf.convert_to_tensor(bias), tf.stop_gradient(tf.convert_to_tensor(step))
+# Outside of these, kernels disagree in less than one result of a thousand, or a multiplier is too coarse to be moved.
+_SNAPPED = (64.0, 1024.0)
 
-    @tf.custom_gradient
-    def straight_through(values):
-        return ops.round(values / step) * step, lambda upstream: upstream
 
-    return straight_through(bias)
+def snap_to_kernels(step, output_scale):
+    """Moves the accumulator's step by a few thousandths, to where all kernels round alike.
+
+    XNNPACK rounds `accumulator · M` once, `M = step / output_scale`. TFLM and LiteRT's reference kernels round twice:
+    first to `s` fractional bits, `2^-(s+1) <= M < 2^-s`, then to integers; so whatever lies less than `2^-(s+1)` below a
+    half is rounded up, which is one result in about `1 / M`. But an accumulator is an integer. With `M = (1 + e) / D` and
+    an even D no integer multiple of M lies there: the closest ones are a hair above the half (that is what e is for) and
+    a whole M below, and M is more than `2^-(s+1)` as long as D is not too close below a power of two.
+
+    Args:
+        step: Real value of one step of the accumulator, per channel.
+        output_scale: Of the tensor that is written.
+
+    Returns:
+        The moved step: `output_scale · (1 + e) / D`; unchanged where `1 / M` is not in 64..1024.
+    """
+    wanted = output_scale / step
+    even = 2.0 * ops.round(0.5 * wanted)
+    power = ops.power(2.0, ops.ceil(ops.log2(ops.clip(wanted, 1.0, 2.0**30)) - 1e-6))
+    highest = 2.0 * ops.floor(0.5 * 0.96 * power)  # the last one that keeps its distance from a power of two
+    next_one = power + 2.0
+    closest = ops.where(wanted * wanted > highest * next_one, next_one, highest)
+    divisor = ops.where(even > highest, closest, ops.maximum(even, 2.0))
+    above = ops.where(divisor > power, 2.0 * power, power)
+    hair = 0.5 * (1.0 / divisor - 1.0 / above) / 255.5
+    inside = ops.logical_and(wanted >= _SNAPPED[0], wanted <= _SNAPPED[1])
+    return ops.where(inside, output_scale * ((1.0 + hair) / divisor), step)
 
 
 def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization):

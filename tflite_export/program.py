@@ -32,12 +32,18 @@ class Tensor:
         return self.data is not None
 
     def quantize(self, values: np.ndarray) -> np.ndarray:
-        """Real values → this tensor's integers, `clip(floor(x / scale + 0.5) + zero_point)`."""
+        """Real values → this tensor's integers, rounded half up from the lowest one on.
+
+        Step by step what TensorFlow's fake quantization does in float32, so that real inputs land on the integers that
+        training gave them.
+        """
         if not self.scale:
             return np.asarray(values).astype(self.dtype)
         low, high = _INTEGER_RANGES[self.dtype]
-        steps = np.floor(np.asarray(values, np.float64) / self.scale[0] + 0.5) + self.zero_point
-        return np.clip(steps, low, high).astype(self.dtype)
+        scale = np.float32(self.scale[0])
+        lowest, highest = (np.float32(bound - self.zero_point) * scale for bound in (low, high))
+        clipped = np.clip(np.asarray(values, np.float32), lowest, highest)
+        return (np.floor((clipped - lowest) / scale + np.float32(0.5)) + low).astype(self.dtype)
 
     def dequantize(self, integers: np.ndarray) -> np.ndarray:
         """This tensor's integers → real values."""

@@ -103,7 +103,7 @@ class _Worker:
         raise RefusedModelError(f"Runtime {runtime!r} cannot run this model: {answer}{self._last_words()}")
 
     def _start(self) -> None:
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self._process.poll() is None:  # after a fork, the parent's counts as gone
             return
         self._stderr = tempfile.TemporaryFile("a+b")  # appending, so that it can be cut while the worker holds it
         self._process = subprocess.Popen(
@@ -134,10 +134,6 @@ class _Worker:
             self._process.kill()
             self._process.communicate()
             self._process = None
-
-    def forget(self) -> None:
-        """For a forked child: the worker stays the parent's."""
-        self.__init__()
 
     def close(self) -> None:
         with self._lock:
@@ -177,5 +173,3 @@ def _read(stream, size: int) -> bytes:
 
 _WORKER = _Worker()
 atexit.register(_WORKER.close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_WORKER.forget)

@@ -254,8 +254,8 @@ def _expected_output(values: Any, port: Port, summary: Summary, samples: int) ->
     array = np.asarray(values)
     if array.ndim == 0 or len(array) != samples:
         raise ValueError(
-            f"The reference's output {port.name!r} has shape {array.shape}. Expected {samples} samples, one for each of "
-            "the inputs."
+            f"The reference's output {port.name!r} does not go with the inputs. Expected {samples} samples along its "
+            f"first axis. Received: {array.shape}"
         )
     _refuse_nan(array, f"The reference's output {port.name!r}")
     return _output_grid(port, summary).quantize(array)

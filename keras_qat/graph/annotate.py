@@ -45,6 +45,7 @@ class Plan:
         sites: Tensor id → the site behind it.
         moved: Tensor id → a second site: a fixed range that joins a group of another grid by a QUANTIZE.
         fused: Ids of the nodes whose activation is fused into the op in front.
+        behind: Tensor id → the site of the activation that is fused behind it.
         groups: The sites of each group.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     sites: dict[int, Site] = dataclasses.field(default_factory=dict)
     moved: dict[int, Site] = dataclasses.field(default_factory=dict)
     fused: set[int] = dataclasses.field(default_factory=set)
+    behind: dict[int, Site] = dataclasses.field(default_factory=dict)
     groups: list[list[Site]] = dataclasses.field(default_factory=list)
 
 
@@ -136,11 +138,13 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         if kind in ("same", "rounded"):
             for source in flow.sources(node):
                 groups.join(source, output)
-        if kind == "clamp" and flow.fuses(node):
-            result.fused.add(id(node))
-            del result.sites[flow.sources(node)[0]]
         if kind not in ("same", "train"):
             result.sites[output] = _site(node, kind)
+        if kind == "clamp" and flow.fuses(node):
+            (source,) = flow.sources(node)
+            del result.sites[source]
+            result.fused.add(id(node))
+            result.behind[source] = result.sites[output]
     for tensor in model.outputs:
         site = result.sites.get(id(flow.root[id(tensor)]))
         if site is not None:
@@ -231,7 +235,10 @@ def annotate(model: keras.Model, decided: Plan) -> keras.Model:
         scale = scale_of.get(id(tree.flatten(args)[0]))
         if isinstance(node.operation, Quantized):
             wrapper = wrappers.setdefault(id(node.operation), node.operation.rewrapped())
-            result = wrapper(args[0], scale, **kwargs)
+            output = id(node.outputs[0])
+            site = decided.behind.get(output) or decided.sites[output]
+            _, output_scale = fake_quants[site.group](args[0], site=site.index, peek=True)
+            result = wrapper(args[0], scale, output_scale, **kwargs)
         else:
             result = copies[node.operation](*args, **kwargs)
         scale_of[id(result)] = scale

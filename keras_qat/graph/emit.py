@@ -25,12 +25,12 @@ class Call:
 
     Args:
         program: Where it goes.
-        operation: The Keras layer or operation.
+        operation: The Keras layer or operation; of a `Quantized` the layer inside.
         node: Its node in the QAT model.
         inputs: Names of the integer tensors it reads.
         output: Name of the tensor it writes.
         activation: None, "RELU" or "RELU6", fused.
-        weights: `IntegerWeights` of a quantized layer.
+        weights: The `IntegerWeights` of a `Quantized`.
     """
 
     program: Program
@@ -96,17 +96,20 @@ class Call:
 
 def _weights_and_bias(call: Call, kernel: np.ndarray, axis: int, input_name: str) -> list[str]:
     """Adds the two constants of a layer; `kernel` in TFLite's layout, its output channels along `axis`."""
-    weights, input_scale = call.weights, call.program.tensors[input_name].scale[0]
-    scale = tuple(weights.scale.tolist())
-    steps = tuple((np.float32(input_scale) * weights.scale).tolist())
+    steps = np.asarray(call.weights.step, np.float64)
+    scale = tuple((steps / np.float32(call.program.tensors[input_name].scale[0])).tolist())
     return [
         call.constant("weights", kernel, "int8", scale=scale, axis=axis),
-        call.constant("bias", weights.bias, "int32", scale=steps, axis=0),
+        call.constant("bias", call.weights.bias, "int32", scale=tuple(steps.tolist()), axis=0),
     ]
 
 
+def _kernel(call: Call) -> np.ndarray:
+    return np.asarray(call.weights.kernel)
+
+
 def fully_connected(call: Call) -> None:
-    constants = _weights_and_bias(call, call.weights.kernel.T, 0, call.inputs[0])
+    constants = _weights_and_bias(call, _kernel(call).T, 0, call.inputs[0])
     keep = len(call.shape(call.inputs[0])) > 2 and len(call.shape(call.output)) > 2
     call.op("FULLY_CONNECTED", [call.inputs[0], *constants], call.output, keepNumDims=keep, **call.fused())
 
@@ -158,7 +161,7 @@ def _pair(values) -> tuple[int, int]:
 
 def conv_2d(call: Call) -> None:
     layer = call.operation
-    kernel = np.moveaxis(call.weights.kernel, -1, 0)
+    kernel = np.moveaxis(_kernel(call), -1, 0)
     kernel = kernel[:, None] if kernel.ndim == 3 else kernel
     strides, dilation = _pair(layer.strides), _pair(layer.dilation_rate)
     _convolution(call, "CONV_2D", kernel, 0, strides, dilation, layer.padding)
@@ -166,7 +169,7 @@ def conv_2d(call: Call) -> None:
 
 def depthwise_conv_2d(call: Call) -> None:
     layer = call.operation
-    kernel = call.weights.kernel
+    kernel = _kernel(call)
     kernel = kernel[None] if kernel.ndim == 3 else kernel
     height, width, channels, multiplier = kernel.shape
     kernel = kernel.reshape(1, height, width, channels * multiplier)
@@ -181,7 +184,7 @@ conv_1d, depthwise_conv_1d = conv_2d, depthwise_conv_2d
 
 def conv_2d_transpose(call: Call) -> None:
     layer = call.operation
-    constants = _weights_and_bias(call, np.moveaxis(call.weights.kernel, 2, 0), 0, call.inputs[0])
+    constants = _weights_and_bias(call, np.moveaxis(_kernel(call), 2, 0), 0, call.inputs[0])
     call.op(
         "TRANSPOSE_CONV",
         [_output_shape(call), constants[0], call.inputs[0], constants[1]],
@@ -209,15 +212,11 @@ def _output_shape(call: Call) -> str:
 
 def channel_scale(call: Call) -> None:
     """One number for all channels is a MUL or an ADD; anything else a depthwise convolution over single pixels."""
-    layer, weights = call.operation, call.weights
-    scalars = layer.scalars
-    if not weights.folded and scalars and scalars[1] == 0:
-        return _with_scalar(call, "MUL", scalars[0])
-    if not weights.folded and scalars and scalars[0] == 1:
-        step = np.float32(call.program.tensors[call.inputs[0]].scale[0]) * weights.scale[0]
-        return _with_scalar(call, "ADD", float(weights.bias[0] * step))
+    if call.weights is None:
+        multiplier, offset = call.operation.scalars
+        return _with_scalar(call, "MUL", multiplier) if offset == 0 else _with_scalar(call, "ADD", offset)
     image = call.as_image(call.inputs[0])
-    constants = _weights_and_bias(call, weights.kernel.reshape(1, 1, 1, -1), 3, image)
+    constants = _weights_and_bias(call, _kernel(call).reshape(1, 1, 1, -1), 3, image)
     result = call.image_output(call.shape(image))
     call.op(
         "DEPTHWISE_CONV_2D",

@@ -98,7 +98,8 @@ class _Freezer:
 
     def take(self, node) -> None:
         if isinstance(node.operation, FakeQuant):
-            self._on_grid(node)
+            if not node.arguments.kwargs.get("peek"):
+                self._on_grid(node)
             return
         kind = row_of_node(node).range_kind(node)
         sources = [self.values[id(x)] for x in _data_inputs(node)]
@@ -137,7 +138,8 @@ class _Freezer:
     def _emit(self, node, inputs, output, activation) -> None:
         operation, weights = node.operation, None
         if isinstance(operation, Quantized):
-            weights = operation.integers(self.program.tensors[inputs[0]].scale[0])
+            scales = [self.program.tensors[name].scale[0] for name in (inputs[0], output)]
+            weights = operation.integers(*(keras.ops.convert_to_tensor(scale, "float32") for scale in scales))
             operation = operation.layer
         row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights))
 
@@ -151,7 +153,7 @@ def taps(qat: keras.Model) -> tuple[list[str], keras.Model]:
     """The tensor names of the file, and a model that computes their values: what a per-layer comparison needs."""
     names, tensors = [], []
     for node in nodes_of(qat):
-        if isinstance(node.operation, FakeQuant):
+        if isinstance(node.operation, FakeQuant) and not node.arguments.kwargs.get("peek"):
             names.append(_tensor_name(node))
             tensors.append(node.outputs[0])
     return names, keras.Model(tree.map_structure(lambda x: x, qat._inputs_struct), tensors)

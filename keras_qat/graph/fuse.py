@@ -137,6 +137,8 @@ def _wrap_weights(model, rules, input_scalings):
 
 def _has_weights(operation) -> bool:
     row = row_of(operation)
+    if isinstance(operation, ChannelScale) and operation.is_one_number:
+        return False  # a MUL or an ADD
     return row is not None and (bool(row.channels) or key_of(operation) == "BatchNormalization")
 
 

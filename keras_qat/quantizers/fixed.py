@@ -25,6 +25,8 @@ class Fixed(keras.layers.Layer):
         """Returns `(low, high)`."""
         return ops.convert_to_tensor(self.low, "float32"), ops.convert_to_tensor(self.high, "float32")
 
+    known_limits = limits
+
     def was_observed(self) -> bool:
         return True
 

@@ -1,5 +1,7 @@
 """Weights: symmetric, the largest magnitude of each output channel is the end of its range."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -25,20 +27,18 @@ class MaxAbs(keras.layers.Layer):
     def scale(self, weights):
         return ops.stop_gradient(numerics.weight_scale(weights, self.spec, self.channel_axes))
 
-    def quantize_weights(self, weights):
-        """Returns the weights on their grid, and the scale with one entry per output channel."""
-        scale = self.scale(weights)
-        return numerics.fake_quant_weights(weights, scale, self.spec), self.per_output_channel(scale, weights)
+    def fake_quant(self, weights):
+        """The weights on their grid, as floats."""
+        return numerics.fake_quant_weights(weights, self.scale(weights), self.spec)
 
     def integers(self, weights):
+        """The numbers of their steps, as floats."""
         return numerics.weight_integers(weights, self.scale(weights), self.spec)
 
-    def per_output_channel(self, scale, weights):
-        """Flattens a scale with kept axes to one entry per output channel, repeated if all share one."""
-        channels = 1
-        for axis in self.channel_axes:
-            channels *= weights.shape[axis]
-        return ops.broadcast_to(ops.reshape(scale, (-1,)), (channels,))
+    def channel_scale(self, weights):
+        """The scale with one entry per output channel, repeated if all share one."""
+        channels = math.prod(weights.shape[axis] for axis in self.channel_axes)
+        return ops.broadcast_to(ops.reshape(self.scale(weights), (-1,)), (channels,))
 
     def get_config(self):
         config = {"bits": self.spec.bits, "per_channel": self.spec.per_channel, "channel_axes": self.channel_axes}

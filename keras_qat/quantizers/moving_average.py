@@ -44,12 +44,12 @@ class MovingAverage(keras.layers.Layer):
         """Returns `(low, high)`, having taken in `x` first if it is to `observe`."""
         if observe:
             self._take_in(self._range_of(x, site), site)
-            return self._union()
+            return self.known_limits()
         # Before anything was observed a batch is quantized by its own range, so that a fresh model predicts something.
         return ops.unstack(
             ops.cond(
                 self.batches[site] > 0,
-                lambda: ops.stack(self._union()),
+                lambda: ops.stack(self.known_limits()),
                 lambda: ops.stack(ops.unstack(self._range_of(x, site))),
             )
         )
@@ -80,7 +80,8 @@ class MovingAverage(keras.layers.Layer):
         self.batches[site].assign(count)
         self.ranges[site].assign_add((batch - self.ranges[site]) * rate)
 
-    def _union(self):
+    def known_limits(self):
+        """The range as observed so far: the union over the sites."""
         if self.sites == 1:
             return ops.unstack(self.ranges[0].value)
         lows, highs = ops.unstack(ops.stack([variable.value for variable in self.ranges]), axis=1)

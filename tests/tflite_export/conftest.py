@@ -43,7 +43,7 @@ def _dense_program(dynamic_batch: bool, then_softmax: bool) -> Program:
     program.add(Tensor("x", (1, 16), "int8", (0.0625,), 3))
     program.add(Tensor("w", (10, 16), "int8", tuple(scales.tolist()), axis=0, data=weights))
     program.add(Tensor("b", (10,), "int32", tuple((scales * 0.0625).tolist()), axis=0, data=bias))
-    program.add(Tensor("y", (1, 10), "int8", (0.25,), -5))
+    program.add(Tensor("y", (1, 10), "int8", (0.5,), -5))
     program.ops.append(Op("FULLY_CONNECTED", ["x", "w", "b"], ["y"]))
     if then_softmax:
         program.outputs = {"classes": program.add(Tensor("p", (1, 10), "int8", (1 / 256,), -128))}

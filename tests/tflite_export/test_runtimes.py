@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 import tflite_export
 from tflite_export import Op, Program, Tensor, write
-from tflite_export.runtimes import _WORKER, RUNTIMES, RefusedModelError, available, run
+from tflite_export.runtimes import _WORKER, RUNTIMES, RefusedModelError, available, receive, run, send
 
 PACKAGE_PARENT = str(Path(tflite_export.__file__).parent.parent)
 needs_tflm = pytest.mark.skipif(not available("tflm"), reason="tflite-micro is not installed")
@@ -154,24 +155,49 @@ def _python(*arguments, cwd) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
+SCRIPT = """
+import os, sys, numpy as np
+from tflite_export import runtimes
+del os.environ["PYTHONSAFEPATH"]
+content = open("dense.tflite", "rb").read()
+go = lambda count: runtimes.run("litert", content, [np.zeros((count, 16), np.int8)]).outputs[0].shape[0]
+print(go(3), flush=True)
+worker = runtimes._WORKER._process.pid
+if os.fork() == 0:
+    print(go(5), flush=True)
+    sys.exit()
+os.wait()
+print(go(4), runtimes._WORKER._process.pid == worker)
+"""
+
+
 def test_any_script_in_any_folder_can_use_it(dense, tmp_path):
-    """No guard around the script's main part, a misleading module beside it, and a fork."""
+    """No guard around the script's main part, a misleading module beside it, and a fork that gets its own worker."""
     (tmp_path / "numpy.py").write_text("raise SystemExit('the worker imported from the working directory')")
     (tmp_path / "dense.tflite").write_bytes(dense.content)
-    (tmp_path / "script.py").write_text(
-        "import os, sys, numpy as np\n"
-        "from tflite_export.runtimes import run\n"
-        "content = open('dense.tflite', 'rb').read()\n"
-        "go = lambda count: run('litert', content, [np.zeros((count, 16), np.int8)]).outputs[0].shape\n"
-        "print(go(3), flush=True)\n"
-        "if os.fork() == 0:\n"
-        "    print(go(5), flush=True)\n"
-        "    sys.exit()\n"
-        "os.wait()\n"
-        "print(go(4), flush=True)\n"
-    )
+    (tmp_path / "script.py").write_text(SCRIPT)
     done = _python("script.py", cwd=tmp_path)
-    assert done.stdout.splitlines() == ["(3, 10)", "(5, 10)", "(4, 10)"], done.stderr
+    assert done.stdout.splitlines() == ["3", "5", "4 True"], done.stderr
+
+
+NOISY_WORKER = """
+import os
+from tflite_export import worker
+answer = worker._answer
+worker._answer = lambda *request: (os.system("echo noise"), print("noise", flush=True), answer(*request))[-1]
+worker.main()
+"""
+
+
+def test_what_natives_print_stays_out_of_the_answers(dense, tmp_path):
+    request = io.BytesIO()
+    send(request, ("litert", dense.content, [dense.quantized_inputs], False))
+    environment = {**os.environ, "PYTHONPATH": PACKAGE_PARENT}
+    command = [sys.executable, "-c", NOISY_WORKER]
+    done = subprocess.run(command, input=request.getvalue(), capture_output=True, env=environment, cwd=tmp_path)
+    is_good, result = receive(io.BytesIO(done.stdout))
+    assert is_good and done.stderr.count(b"noise") == 2
+    np.testing.assert_array_equal(result.outputs[0], dense.integers)
 
 
 def test_the_worker_ends_with_its_parent(dense, tmp_path):

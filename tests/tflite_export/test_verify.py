@@ -247,7 +247,7 @@ def test_layers_in_running_order(make_dense):
         ("p", "SOFTMAX"),
     ]
     assert parity.first_divergence is None and "FULLY_CONNECTED" in str(parity)
-    tensors["y"] = tensors["y"] + 0.25 * 2 * (np.arange(10) == 3)
+    tensors["y"] = tensors["y"] + 0.5 * 2 * (np.arange(10) == 3)
     wrong = verify(dense.content, tensors, dense.inputs, "litert", per_layer=True)
     assert (wrong.first_divergence.tensor, wrong.first_divergence.max_lsb) == ("y", 2)
     assert wrong.first_divergence.mismatch == pytest.approx(0.1)
