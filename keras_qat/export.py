@@ -10,6 +10,7 @@ import numpy as np
 
 import tflite_export
 from keras_qat.graph.freeze import freeze, taps
+from keras_qat.graph.walk import input_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +109,9 @@ def _umask() -> int:
 def _random_inputs(qat, samples: int = 64):
     """Uniform noise over the range of each input."""
     generator = np.random.default_rng(0)
-    names, model = taps(qat)
-    ranges = {name: _range_of(qat, name) for name in qat.input_names}
     arrays = [
-        generator.uniform(*ranges[name], (samples, *tensor.shape[1:])).astype(tensor.dtype)
-        for name, tensor in zip(qat.input_names, qat.inputs, strict=True)
+        generator.uniform(*_range_of(qat, name), (samples, *tensor.shape[1:])).astype(tensor.dtype)
+        for name, tensor in zip(input_names(qat), qat.inputs, strict=True)
     ]
     return keras.tree.pack_sequence_as(qat._inputs_struct, arrays)
 

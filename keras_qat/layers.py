@@ -203,8 +203,10 @@ class Quantized(keras.layers.Layer):
         if training or input_scale is None:
             return self._in_training(x, training)
         integers = self.integers(input_scale, output_scale)
-        sums = self._linear(ops.round(x / input_scale), integers.kernel)
-        return (sums + integers.bias) * integers.step
+        sums = self._linear(ops.round(x / input_scale), integers.kernel) + integers.bias
+        # A quarter of a step outwards: whole sums are never that close below a half (see snap_to_kernels), and so the
+        # noise of float32 cannot decide how the FakeQuant behind rounds one that lies a hair above it.
+        return (sums + 0.25 * ops.sign(sums)) * integers.step
 
     def _in_training(self, x, training):
         kernel = self.weight_quantizer.fake_quant(self.layer.kernel)

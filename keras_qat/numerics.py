@@ -11,8 +11,9 @@ from keras import ops
 
 from keras_qat.spec import Spec
 
-# Ranges narrower than this (a dead layer, a constant zero) are widened to it, so that scales stay positive.
-SMALLEST_SPAN = 1e-8
+# Ranges narrower than this (a dead layer, a constant zero) are widened to it. It keeps scales positive, and above the
+# 2^-26 below which the SOFTMAX of TFLM and of LiteRT's reference kernels aborts the process.
+SMALLEST_SPAN = 4e-6
 # The scale of a channel without any weight. Small against every real one: XNNPACK refuses s_in·s_w/s_out ≥ 256.
 _SCALE_OF_NOTHING = 1e-10
 # Biases are kept below 2^29 steps of their accumulator, a safe distance from the end of int32.
@@ -130,7 +131,7 @@ def accumulator_step(input_scale, scale, multiplier, bias):
 
 
 # Outside of these, kernels disagree in less than one result of a thousand, or a multiplier is too coarse to be moved.
-_SNAPPED = (64.0, 1024.0)
+_SNAPPED = (32.0, 1024.0)
 
 
 def snap_to_kernels(step, output_scale):
@@ -147,7 +148,7 @@ def snap_to_kernels(step, output_scale):
         output_scale: Of the tensor that is written.
 
     Returns:
-        The moved step: `output_scale · (1 + e) / D`; unchanged where `1 / M` is not in 64..1024.
+        The moved step: `output_scale · (1 + e) / D`; unchanged where `1 / M` is not in 32..1024.
     """
     wanted = output_scale / step
     even = 2.0 * ops.round(0.5 * wanted)

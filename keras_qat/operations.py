@@ -87,6 +87,11 @@ def _slices(node):
     return None
 
 
+def _concatenates(node):
+    axis, rank = node.operation.axis, len(node.outputs[0].shape)
+    return None if axis % rank else ("It joins tensors along the batch axis.", "Use axis=-1, or another behind axis 0.")
+
+
 def _relu_with_options(node):
     op = node.operation
     if op.threshold != 0 or op.negative_slope != 0 or not op.max_value:
@@ -159,6 +164,7 @@ OPERATIONS: dict[str, Row] = {
     # activations
     "ops.Relu": Row("RELU", "clamp", emit.relu),
     "ops.Relu6": Row("RELU6", "clamp", emit.relu6),
+    "ops.ReLU": Row("RELU", "clamp", emit.relu, refuses=_relu_with_options),
     "ops.LeakyRelu": Row("LEAKY_RELU", "own", emit.leaky_relu),
     "ops.HardSilu": Row("HARD_SWISH", "own", emit.hard_swish),
     "ops.Sigmoid": _SIGMOID,
@@ -186,7 +192,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Squeeze": _RESHAPE,
     "ops.Transpose": Row("TRANSPOSE", "same", emit.transpose, refuses=_transposes),
     "ops.GetItem": Row("STRIDED_SLICE", "same", emit.strided_slice, refuses=_slices),
-    "ops.Concatenate": Row("CONCATENATION", "same", emit.concatenation),
+    "ops.Concatenate": Row("CONCATENATION", "same", emit.concatenation, refuses=_concatenates),
     # training only
     "Identity": _TRAINING_ONLY,
     "ops.Cast": _TRAINING_ONLY,

@@ -14,7 +14,7 @@ from keras_qat.graph.freeze import output_names
 from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import trace
-from keras_qat.graph.walk import nodes_of
+from keras_qat.graph.walk import input_names, nodes_of
 from keras_qat.operations import row_of
 from keras_qat.report import table
 from keras_qat.spec import Rule, Rules, Scheme, resolve_scheme
@@ -210,7 +210,7 @@ def _never_called(model) -> list[Problem]:
 
 def _input_ranges(flat, input_range) -> dict[str, tuple[float, float]]:
     """What is known of the inputs: what the user says, and what an integer type implies."""
-    names = [tensor._keras_history.operation.name for tensor in flat.inputs]
+    names = input_names(flat)
     known = {
         name: _INTEGER_INPUTS[tensor.dtype]
         for name, tensor in zip(names, flat.inputs, strict=True)

@@ -250,13 +250,24 @@ def _binary(kind: str, fuses: bool = True):
 
 add, subtract, multiply = _binary("ADD"), _binary("SUB"), _binary("MUL")
 maximum, minimum = _binary("MAXIMUM", fuses=False), _binary("MINIMUM", fuses=False)
-relu, relu6 = _binary("RELU", fuses=False), _binary("RELU6", fuses=False)
+relu = _binary("RELU", fuses=False)
 logistic, tanh = _binary("LOGISTIC", fuses=False), _binary("TANH", fuses=False)
 hard_swish = _binary("HARD_SWISH", fuses=False)
 
 
 def softmax(call: Call) -> None:
     call.op("SOFTMAX", call.inputs, call.output, beta=1.0)
+
+
+def relu6(call: Call) -> None:
+    """A RELU, where the grid of the result ends at 6 anyway. TFLM's RELU6 cannot change the scale."""
+    result = call.program.tensors[call.output]
+    if (127 - result.zero_point) * result.scale[0] <= 6.0 + 0.5 * result.scale[0]:
+        return relu(call)
+    unclipped = call.twin(call.output, result.shape, "unclipped")
+    grid = {"scale": result.scale, "zero_point": result.zero_point}
+    call.op("RELU", call.inputs, unclipped)
+    call.op("MINIMUM", [unclipped, call.constant("six", result.quantize(6.0), "int8", **grid)], call.output)
 
 
 def leaky_relu(call: Call) -> None:

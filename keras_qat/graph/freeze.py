@@ -8,7 +8,7 @@ from keras import tree
 from keras_qat.graph import emit
 from keras_qat.graph.annotate import row_of_node
 from keras_qat.graph.emit import Call
-from keras_qat.graph.walk import nodes_of
+from keras_qat.graph.walk import input_names, nodes_of
 from keras_qat.layers import FakeQuant, Quantized
 from tflite_export import Program, Tensor, with_io_types
 from tflite_export.optimize import optimize
@@ -37,6 +37,7 @@ def freeze(
         freezer.begin(tensor)
     for node in nodes_of(qat):
         freezer.take(node)
+    program.inputs = {name: program.inputs[name] for name in input_names(qat)}
     for name, tensor in zip(output_names(qat), qat.outputs, strict=True):
         program.outputs[name] = freezer.tensor_of(tensor)
     return with_io_types(optimize(program), input_type, output_type)

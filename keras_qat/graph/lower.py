@@ -24,9 +24,20 @@ def lowering_of(operation, args, kwargs):
 
 def _split_activation(layer):
     """`activation=` becomes an operation of its own; freeze fuses it again where TFLite can."""
-    activation = layer.activation
+    activation = _symbolic(layer.activation)
     linear = _linear_copy(layer)
     return lambda x: activation(linear(x))
+
+
+def _activation(layer, args, kwargs):
+    return _symbolic(layer.activation)
+
+
+def _symbolic(activation):
+    """Keras's activation functions as operations of keras.ops: a few of them only take numbers, not symbolic tensors."""
+    name = getattr(activation, "__name__", "")
+    is_keras = getattr(keras.activations, name, None) is activation
+    return getattr(ops, name) if is_keras and name in ("hard_silu",) else activation
 
 
 def _linear_copy(layer):
@@ -91,15 +102,13 @@ def _normalization(layer, args, kwargs):
 
 
 def _relu(operation, args, kwargs):
-    """Every form of relu as the plain operation of its kind."""
+    """relu with a slope, without a maximum, or with a maximum of 6 as the plain operation of that name."""
     slope, highest, threshold = operation.negative_slope, operation.max_value, operation.threshold
     if threshold != 0 or (slope != 0 and highest is not None):
         return None
     if slope != 0:
         return lambda x: ops.leaky_relu(x, negative_slope=float(slope))
-    if highest is None:
-        return ops.relu
-    return ops.relu6 if highest == 6 else None
+    return {None: ops.relu, 6: ops.relu6}.get(highest)
 
 
 def _silu(operation, args, kwargs):
@@ -132,6 +141,7 @@ def _arithmetic_with_constant(operation, args, kwargs):
 
 _WITH_ACTIVATION = {"Dense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D", "Conv2DTranspose"}
 _RULES = {
+    "Activation": _activation,
     "SeparableConv1D": _separable_conv,
     "SeparableConv2D": _separable_conv,
     "Rescaling": _rescaling,

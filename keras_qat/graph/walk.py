@@ -14,6 +14,10 @@ def nodes_of(model) -> list:
     return [node for depth in depths for node in model._nodes_by_depth[depth] if not node.is_input]
 
 
+def input_names(model) -> list[str]:
+    return [tensor._keras_history.operation.name for tensor in model.inputs]
+
+
 def rebuild(model, visit: Callable, inputs: list):
     """Calls `visit(node, args, kwargs)` for every node in order and returns the new outputs in the old structure.
 
