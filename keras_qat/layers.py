@@ -204,9 +204,15 @@ class Quantized(keras.layers.Layer):
             return self._in_training(x, training)
         integers = self.integers(input_scale, output_scale)
         sums = self._linear(ops.round(x / input_scale), integers.kernel) + integers.bias
-        # A quarter of a step outwards: whole sums are never that close below a half (see snap_to_kernels), and so the
-        # noise of float32 cannot decide how the FakeQuant behind rounds one that lies a hair above it.
-        return (sums + 0.25 * ops.sign(sums)) * integers.step
+        return (sums + self._nudge(integers.step, output_scale) * ops.sign(sums)) * integers.step
+
+    def _nudge(self, step, output_scale):
+        """A quarter of a step outwards, where steps are snapped (see `numerics.snap_to_kernels`).
+
+        There whole sums are never that close below a half, so that the noise of float32 cannot decide how the FakeQuant
+        behind rounds one that lies a hair above it.
+        """
+        return 0.0 if output_scale is None else numerics.can_snap(step, output_scale) * 0.25
 
     def _in_training(self, x, training):
         kernel = self.weight_quantizer.fake_quant(self.layer.kernel)

@@ -130,8 +130,16 @@ def accumulator_step(input_scale, scale, multiplier, bias):
     return ops.maximum(step, ops.abs(bias) * (1.0 / _LARGEST_BIAS) + _SCALE_OF_NOTHING * _SCALE_OF_NOTHING)
 
 
-# Outside of these, kernels disagree in less than one result of a thousand, or a multiplier is too coarse to be moved.
-_SNAPPED = (32.0, 1024.0)
+# How many steps of the accumulator make one of the output. With fewer, a multiplier is too coarse to be moved; with more,
+# kernels disagree in less than one result of ten thousand.
+_FEWEST_STEPS, _MOST_STEPS = 32.0, 8192.0
+# What float32 needs to tell a number from its neighbours after the three roundings of `s_in · s_w / s_out`.
+_SMALLEST_HAIR = 3e-7
+
+
+def can_snap(step, output_scale):
+    """1.0 for each channel whose accumulator is fine enough for `snap_to_kernels`, else 0.0."""
+    return ops.cast(step * (_FEWEST_STEPS - 2.0) <= output_scale, "float32")
 
 
 def snap_to_kernels(step, output_scale):
@@ -148,7 +156,7 @@ def snap_to_kernels(step, output_scale):
         output_scale: Of the tensor that is written.
 
     Returns:
-        The moved step: `output_scale · (1 + e) / D`; unchanged where `1 / M` is not in 32..1024.
+        The moved step: `output_scale · (1 + e) / D`; unchanged where `1 / M` is not in 32..8192.
     """
     wanted = output_scale / step
     even = 2.0 * ops.round(0.5 * wanted)
@@ -158,8 +166,8 @@ def snap_to_kernels(step, output_scale):
     closest = ops.where(wanted * wanted > highest * next_one, next_one, highest)
     divisor = ops.where(even > highest, closest, ops.maximum(even, 2.0))
     above = ops.where(divisor > power, 2.0 * power, power)
-    hair = 0.5 * (1.0 / divisor - 1.0 / above) / 255.5
-    inside = ops.logical_and(wanted >= _SNAPPED[0], wanted <= _SNAPPED[1])
+    hair = ops.maximum(0.5 * (1.0 / divisor - 1.0 / above) / 255.5, _SMALLEST_HAIR)
+    inside = ops.logical_and(wanted >= _FEWEST_STEPS, wanted <= _MOST_STEPS)
     return ops.where(inside, output_scale * ((1.0 + hair) / divisor), step)
 
 

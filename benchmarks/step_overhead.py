@@ -1,0 +1,74 @@
+"""What quantization-aware training costs: time of a QAT step / time of a float step, ours and tfmot's.
+
+    python benchmarks/step_overhead.py
+
+Each round gives every model a burst of steps, and a ratio is taken within a round and a framework: what the machine does
+besides hits both of its sides.
+"""
+
+import contextlib
+
+import keras
+import numpy as np
+from absl import app, flags
+from contender import KINDS, Contender
+from nets import NETS, Net
+from peer_tfmot import Peer
+from printout import default_out, heading, publish
+
+import keras_qat as kq
+from keras_qat.report import table
+
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds per network.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps of a burst.", lower_bound=1)
+_NETS = flags.DEFINE_multi_enum("nets", list(NETS), list(NETS), "Networks to measure; give it once for each.")
+_OUT = flags.DEFINE_string("out", default_out(__file__), "File for the results.")
+_NO_PEER = flags.DEFINE_bool("no_peer", False, "Leave tfmot out.")
+
+_HEADING = ("net", "QAT by", "float ms", "QAT ms", "ratio", "25 %", "75 %", "min", "goal", "")
+
+Contenders = dict[str, Contender | Peer]
+Bursts = dict[tuple[str, str], list[float]]
+
+
+def measure(contenders: Contenders, net_name: str, rounds: int, steps: int) -> Bursts:
+    """Returns milliseconds of a step, one per round, by contender and kind of model."""
+    for contender in contenders.values():
+        contender.prepare(net_name)
+        contender.warm_up()
+    turns = [(name, kind) for name in contenders for kind in KINDS]
+    bursts: Bursts = {turn: [] for turn in turns}
+    for _ in range(rounds):
+        for name, kind in turns:
+            bursts[name, kind].append(contenders[name].burst(kind, steps))
+        turns.reverse()  # a machine that gets slower or faster favours nobody
+    return bursts
+
+
+def row(net_name: str, net: Net, contender: str, bursts: Bursts) -> tuple[str, ...]:
+    """A line of the table: medians, and the spread of the rounds' ratios."""
+    float_ms, qat_ms = (np.array(bursts[contender, kind]) for kind in KINDS)
+    ratios = qat_ms / float_ms
+    lower, median, upper = np.percentile(ratios, (25, 50, 75))
+    times = [f"{np.median(each):8.1f}" for each in (float_ms, qat_ms)]
+    spread = [f"{value:.3f}" for value in (median, lower, upper, ratios.min())]
+    return (net_name, contender, *times, *spread, f"<= {net.goal:.2f}", "met" if median <= net.goal else "missed")
+
+
+def main(_) -> None:
+    rows = []
+    with contextlib.ExitStack() as stack:
+        contenders: Contenders = {"keras_qat": Contender(keras, kq.quantize)}
+        if not _NO_PEER.value:
+            contenders["tfmot"] = stack.enter_context(Peer())
+        for net_name in _NETS.value:
+            bursts = measure(contenders, net_name, _ROUNDS.value, _STEPS.value)
+            rows += [row(net_name, NETS[net_name], contender, bursts) for contender in contenders]
+    batches = ", ".join(f"{name} batch {NETS[name].batch_size}" for name in _NETS.value)
+    settings = f"{_ROUNDS.value} rounds of {_STEPS.value} steps, {batches}, Adam, default compile, model.fit"
+    title = "QAT step time / float step time (ratio within a round: median, quartiles, smallest)"
+    publish(heading(title, settings, not _NO_PEER.value) + "\n\n" + table(_HEADING, rows), _OUT.value)
+
+
+if __name__ == "__main__":
+    app.run(main)
