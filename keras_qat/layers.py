@@ -49,7 +49,8 @@ class FakeQuant(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape):
-        self.quantizer.build(input_shape)
+        if not self.quantizer.built:
+            self.quantizer.build(input_shape)
 
     def call(self, x, site=0, observe=True, rounding="half_up", peek=False, training=None):
         """Rounds `x`; with `peek` leaves it alone and just tells the scale, before the tensor itself is there."""

@@ -381,7 +381,7 @@ def upsampling(call: Call) -> None:
 def slice_keys(node) -> tuple:
     """What stands in the brackets of `x[...]`."""
     key = node.arguments.args[1] if len(node.arguments.args) > 1 else node.arguments.kwargs["key"]
-    return key if isinstance(key, tuple) else (key,)
+    return tuple(key) if isinstance(key, (tuple, list)) else (key,)  # a model loaded from a file has lists
 
 
 def strided_slice(call: Call) -> None:
