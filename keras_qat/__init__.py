@@ -5,12 +5,11 @@ import keras
 from keras_qat import quantizers
 from keras_qat.calibrate import calibrate
 from keras_qat.errors import Problem, UnsupportedModelError
-from keras_qat.export import ExportReport, export
+from keras_qat.export import ExportError, ExportReport, export
 from keras_qat.graph.freeze import freeze
 from keras_qat.quantize import Explanation, explain, quantize
 from keras_qat.spec import Rule, Scheme, Spec
-
-__version__ = "0.1.0"
+from keras_qat.version import __version__
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -20,12 +19,14 @@ if keras.backend.backend() != "tensorflow":
 
 __all__ = [
     "Explanation",
+    "ExportError",
     "ExportReport",
     "Problem",
     "Rule",
     "Scheme",
     "Spec",
     "UnsupportedModelError",
+    "__version__",
     "calibrate",
     "explain",
     "export",

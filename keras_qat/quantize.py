@@ -154,10 +154,16 @@ def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
 
 
 def _output_names_of(model, flat) -> list[str]:
-    """The float model's output names; for subclassed models those of the layers that make the outputs."""
+    """The float model's output names: the keys of a dict of outputs, else the names of the layers that make them."""
+    if isinstance(flat._outputs_struct, dict):
+        return tree.flatten({key: key for key in flat._outputs_struct})
     functional = getattr(model, "_functional", None) or model
     names = getattr(functional, "output_names", None)
-    return list(names) if names else output_names(flat)
+    return list(names) if names else _unique([name.split(".")[0] for name in output_names(flat)])
+
+
+def _unique(names: list[str]) -> list[str]:
+    return [name if names.count(name) == 1 else f"{name}_{index}" for index, name in enumerate(names)]
 
 
 def _free_names(flat, names) -> None:

@@ -161,7 +161,7 @@ def verify(
         check_name(name)
     content = load(tflite)
     summary = inspect(content)
-    arrays = _input_arrays(inputs, summary.inputs)
+    arrays = input_arrays(inputs, summary.inputs)
     expected = _expected_outputs(reference, inputs, summary, len(arrays[0]))
     parity = Parity([], samples=len(arrays[0]))
     for name in names:
@@ -195,13 +195,13 @@ def _verify_on(name: str, content: bytes, arrays: list, summary: Summary, expect
         parity.results.append(_compare_output(name, port.name, reference, integers))
 
 
-def _input_arrays(inputs: Any, ports: list[Port]) -> list[np.ndarray]:
+def input_arrays(inputs: Any, ports: list[Port]) -> list[np.ndarray]:
     """One array per model input, in the element type that the file reads."""
     arrays = [_checked_input(values, port) for values, port in zip(_by_port(inputs, ports, "inputs"), ports)]
     counts = {port.name: len(array) for port, array in zip(ports, arrays)}
     if len(set(counts.values())) > 1 or not all(counts.values()):
         raise ValueError(f"Expected the same number of samples, at least one, in every input. Received: {counts}")
-    return [_grid(port.tensor).quantize(array) for port, array in zip(ports, arrays)]
+    return [grid_of(port.tensor).quantize(array) for port, array in zip(ports, arrays)]
 
 
 def _by_port(values: Any, ports: list[Port], what: str) -> list:
@@ -267,7 +267,7 @@ def _reference_outputs(reference: Any, inputs: Any) -> Any:
     return reference(inputs) if callable(reference) else reference
 
 
-def _grid(tensor: TensorSummary) -> Tensor:
+def grid_of(tensor: TensorSummary) -> Tensor:
     """The `Program`'s view of a tensor in a file: it knows how to quantize."""
     zero_point = tensor.zero_point[0] if tensor.zero_point else 0
     return Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.scale, zero_point)
@@ -277,7 +277,7 @@ def _output_grid(port: Port, summary: Summary) -> Tensor:
     """The integers of an output; for a float one, those in front of its DEQUANTIZE."""
     tensor = port.tensor
     if not tensor.is_float:
-        return _grid(tensor)
+        return grid_of(tensor)
     ops = [op for op in summary.ops if op.subgraph == tensor.subgraph and tensor.name in op.outputs]
     sources = [op.inputs[0] for op in ops if op.kind == "DEQUANTIZE"]
     inner = [inner for inner in summary.tensors if inner.subgraph == tensor.subgraph and inner.name in sources]
@@ -286,7 +286,7 @@ def _output_grid(port: Port, summary: Summary) -> Tensor:
             f"Output {port.name!r} is {tensor.dtype} and no DEQUANTIZE writes it, so it has no integers to compare. "
             "Expected an integer output, or a float one behind a DEQUANTIZE. See tflite_export.inspect(file).reasons."
         )
-    return _grid(inner[0])
+    return grid_of(inner[0])
 
 
 def _compare_output(runtime: str, name: str, expected: np.ndarray, received: np.ndarray) -> OutputParity:
@@ -364,5 +364,5 @@ def _compare_layers(content: bytes, arrays: list, summary: Summary, references: 
 def _compare_layer(tensor: TensorSummary, kind: str, reference: Any, received: np.ndarray) -> LayerParity:
     values = np.asarray(reference)
     _refuse_nan(values, f"The reference's tensor {tensor.name!r}")
-    expected = _grid(tensor).quantize(values)
+    expected = grid_of(tensor).quantize(values)
     return LayerParity(tensor.name, kind, *_difference(expected, _like(expected, received, tensor.name)))

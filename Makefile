@@ -1,0 +1,30 @@
+# Everything works on a fresh clone with nothing but Python 3.11 and pip.
+PYTHON ?= python3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test test-full bench clean
+
+demo: $(INSTALLED)
+	$(RUN) recipes/digits.py --out=model.tflite
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -n 2 -m "not full"
+
+test-full: $(INSTALLED)
+	$(RUN) -m pytest -n 2
+
+bench: $(INSTALLED)
+	$(RUN) benchmarks/step_overhead.py
+	$(RUN) benchmarks/export_time.py
+	$(RUN) benchmarks/op_parity.py
+
+$(INSTALLED): setup.cfg pyproject.toml
+	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable ".[dev,micro]"
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build *.egg-info model.tflite
