@@ -1,6 +1,7 @@
 # Everything works on a fresh clone with nothing but Python 3.11 and pip.
 PYTHON ?= python3.11
 VENV := .venv
+export TF_CPP_MIN_LOG_LEVEL ?= 3
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 

@@ -202,21 +202,16 @@ class Quantized(keras.layers.Layer):
 
     def call(self, x, input_scale=None, output_scale=None, training=None):
         if training or input_scale is None:
-            return self._in_training(x, training)
+            return self._in_training(x, input_scale, output_scale, training)
         integers = self.integers(input_scale, output_scale)
         sums = self._linear(ops.round(x / input_scale), integers.kernel) + integers.bias
-        return (sums + self._nudge(integers.step, output_scale) * ops.sign(sums)) * integers.step
+        # Where steps are snapped to what kernels round alike, whole sums never lie closely below a half. A quarter of a
+        # step outwards then keeps the noise of float32 from deciding about those that lie a hair above one.
+        return (sums + 0.25 * integers.snapped * ops.sign(sums)) * integers.step
 
-    def _nudge(self, step, output_scale):
-        """A quarter of a step outwards, where steps are snapped (see `numerics.snap_to_kernels`).
-
-        There whole sums are never that close below a half, so that the noise of float32 cannot decide how the FakeQuant
-        behind rounds one that lies a hair above it.
-        """
-        return 0.0 if output_scale is None else numerics.can_snap(step, output_scale) * 0.25
-
-    def _in_training(self, x, training):
-        kernel = self.weight_quantizer.fake_quant(self.layer.kernel)
+    def _in_training(self, x, input_scale, output_scale, training):
+        scale, _ = self._weight_scale(input_scale, output_scale)
+        kernel = self.weight_quantizer.fake_quant(self.layer.kernel, self._per_kernel(scale))
         y = self._linear(x, kernel, self.layer.bias if self.layer.use_bias else None)
         multiplier, offset = self.input_scaling
         if multiplier != 1.0 or offset != 0.0:
@@ -233,15 +228,31 @@ class Quantized(keras.layers.Layer):
 
     def integers(self, input_scale, output_scale) -> "IntegerWeights":
         """The integers of the file. Inference runs on them, and `freeze` writes them."""
-        kernel = self.weight_quantizer.integers(self.layer.kernel)
-        scale = self.weight_quantizer.channel_scale(self.layer.kernel)
+        scale, snapped = self._weight_scale(input_scale, output_scale)
+        kernel = self.weight_quantizer.integers(self.layer.kernel, self._per_kernel(scale))
         multiplier, bias = self._multiplier_and_bias(kernel, scale)
         step = numerics.accumulator_step(input_scale, scale, multiplier, bias)
-        if output_scale is not None:
-            step = numerics.snap_to_kernels(step, output_scale)
+        if self.batch_norm is not None and output_scale is not None:
+            step, snapped = numerics.snap_to_kernels(step, output_scale, fewest=32.0, upwards=False)
         # A negative factor of a batch norm turns the channel's integers around, so that its scale stays positive.
-        kernel = kernel * ops.reshape(ops.where(multiplier < 0, -1.0, 1.0), self._channel_shape(kernel))
-        return IntegerWeights(kernel, step, ops.round(bias / step))
+        kernel = kernel * self._per_kernel(ops.where(multiplier < 0, -1.0, 1.0))
+        return IntegerWeights(kernel, step, ops.round(bias / step), snapped)
+
+    def _weight_scale(self, input_scale, output_scale):
+        """The real value of one step of a weight per channel, and where it was made a little larger for the kernels.
+
+        With a batch norm the scale stays: what is moved then is the product with its factor, at inference.
+        """
+        scale = self.weight_quantizer.channel_scale(self.layer.kernel)
+        if self.batch_norm is not None or input_scale is None or output_scale is None:
+            return scale, 0.0
+        factor = input_scale * self.input_scaling[0]
+        step, snapped = numerics.snap_to_kernels(factor * scale, output_scale, fewest=6.0, upwards=True)
+        return ops.stop_gradient(step / factor), snapped
+
+    def _per_kernel(self, channels):
+        """One number per output channel, shaped to multiply the kernel."""
+        return ops.reshape(channels, self._channel_shape(self.layer.kernel))
 
     def _multiplier_and_bias(self, kernel, scale):
         """What is multiplied to a channel's sum, and what is added to it: bias, input offset, batch norm."""
@@ -287,11 +298,19 @@ class Quantized(keras.layers.Layer):
 
 @dataclasses.dataclass(frozen=True)
 class IntegerWeights:
-    """Integers (as float tensors): the kernel in Keras's layout, the bias, and the real value of one step per channel."""
+    """Integers of a layer, as float tensors.
+
+    Args:
+        kernel: In Keras's layout.
+        step: The real value of one step of the kernel's sum, per channel.
+        bias: In such steps.
+        snapped: 1.0 for the channels whose step all runtimes round alike (see `numerics.snap_to_kernels`).
+    """
 
     kernel: object
     step: object
     bias: object
+    snapped: object
 
 
 def _deserialized(layer):

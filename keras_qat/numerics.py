@@ -130,20 +130,13 @@ def accumulator_step(input_scale, scale, multiplier, bias):
     return ops.maximum(step, ops.abs(bias) * (1.0 / _LARGEST_BIAS) + _SCALE_OF_NOTHING * _SCALE_OF_NOTHING)
 
 
-# How many steps of the accumulator make one of the output. With fewer, a multiplier is too coarse to be moved; with more,
-# kernels disagree in less than one result of ten thousand.
-_FEWEST_STEPS, _MOST_STEPS = 32.0, 8192.0
 # What float32 needs to tell a number from its neighbours after the three roundings of `s_in · s_w / s_out`.
 _SMALLEST_HAIR = 3e-7
+_MOST_STEPS = 8192.0  # with more steps of the accumulator to one of the output, kernels disagree once in ten thousand
 
 
-def can_snap(step, output_scale):
-    """1.0 for each channel whose accumulator is fine enough for `snap_to_kernels`, else 0.0."""
-    return ops.cast(step * (_FEWEST_STEPS - 2.0) <= output_scale, "float32")
-
-
-def snap_to_kernels(step, output_scale):
-    """Moves the accumulator's step by a few thousandths, to where all kernels round alike.
+def snap_to_kernels(step, output_scale, fewest: float, upwards: bool):
+    """Moves the accumulator's step a little, to where all kernels round alike.
 
     XNNPACK rounds `accumulator · M` once, `M = step / output_scale`. TFLM and LiteRT's reference kernels round twice:
     first to `s` fractional bits, `2^-(s+1) <= M < 2^-s`, then to integers; so whatever lies less than `2^-(s+1)` below a
@@ -154,21 +147,32 @@ def snap_to_kernels(step, output_scale):
     Args:
         step: Real value of one step of the accumulator, per channel.
         output_scale: Of the tensor that is written.
+        fewest: Channels are moved where `1 / M` is from this (at least 6) to 8192.
+        upwards: Only ever make steps larger; else take the nearest.
 
     Returns:
-        The moved step: `output_scale · (1 + e) / D`; unchanged where `1 / M` is not in 32..8192.
+        The moved steps, and for each channel 1.0 if it was moved, else 0.0.
     """
-    wanted = output_scale / step
-    even = 2.0 * ops.round(0.5 * wanted)
-    power = ops.power(2.0, ops.ceil(ops.log2(ops.clip(wanted, 1.0, 2.0**30)) - 1e-6))
-    highest = 2.0 * ops.floor(0.5 * 0.96 * power)  # the last one that keeps its distance from a power of two
-    next_one = power + 2.0
-    closest = ops.where(wanted * wanted > highest * next_one, next_one, highest)
-    divisor = ops.where(even > highest, closest, ops.maximum(even, 2.0))
-    above = ops.where(divisor > power, 2.0 * power, power)
-    hair = ops.maximum(0.5 * (1.0 / divisor - 1.0 / above) / 255.5, _SMALLEST_HAIR)
-    inside = ops.logical_and(wanted >= _FEWEST_STEPS, wanted <= _MOST_STEPS)
-    return ops.where(inside, output_scale * ((1.0 + hair) / divisor), step)
+    wanted = ops.clip(output_scale / step, fewest, _MOST_STEPS)
+    even = 2.0 * ops.floor(0.5 * wanted)
+    power = _next_power_of_two(even)
+    below = ops.minimum(even, _highest_below(power))
+    if not upwards:
+        above = ops.where(below + 2.0 > _highest_below(power), power + 2.0, below + 2.0)
+        below = ops.where(wanted * wanted > below * above, above, below)
+    distance = 1.0 / below - 1.0 / _next_power_of_two(below)
+    hair = ops.maximum(0.5 * distance / 255.5, _SMALLEST_HAIR)
+    moved = ops.logical_and(step * fewest <= output_scale, step * _MOST_STEPS >= output_scale)
+    return ops.where(moved, output_scale * ((1.0 + hair) / below), step), ops.cast(moved, "float32")
+
+
+def _next_power_of_two(x):
+    return ops.power(2.0, ops.ceil(ops.log2(x) - 1e-6))
+
+
+def _highest_below(power):
+    """The highest even number that keeps its distance from a power of two."""
+    return 2.0 * ops.floor(0.48 * power)
 
 
 def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization):

@@ -24,21 +24,19 @@ class MaxAbs(keras.layers.Layer):
         self.spec = Spec(bits, symmetric=True, per_channel=per_channel)
         self.channel_axes = tuple(channel_axes)
 
-    def scale(self, weights):
-        return ops.stop_gradient(numerics.weight_scale(weights, self.spec, self.channel_axes))
-
-    def fake_quant(self, weights):
-        """The weights on their grid, as floats."""
-        return numerics.fake_quant_weights(weights, self.scale(weights), self.spec)
-
-    def integers(self, weights):
-        """The numbers of their steps, as floats."""
-        return numerics.weight_integers(weights, self.scale(weights), self.spec)
-
     def channel_scale(self, weights):
         """The scale with one entry per output channel, repeated if all share one."""
+        scale = ops.stop_gradient(numerics.weight_scale(weights, self.spec, self.channel_axes))
         channels = math.prod(weights.shape[axis] for axis in self.channel_axes)
-        return ops.broadcast_to(ops.reshape(self.scale(weights), (-1,)), (channels,))
+        return ops.broadcast_to(ops.reshape(scale, (-1,)), (channels,))
+
+    def fake_quant(self, weights, scale):
+        """The weights on the grid of `scale`, as floats."""
+        return numerics.fake_quant_weights(weights, scale, self.spec)
+
+    def integers(self, weights, scale):
+        """The numbers of their steps, as floats."""
+        return numerics.weight_integers(weights, scale, self.spec)
 
     def get_config(self):
         config = {"bits": self.spec.bits, "per_channel": self.spec.per_channel, "channel_axes": self.channel_axes}
