@@ -19,8 +19,8 @@ from printout import default_out, heading, publish
 import keras_qat as kq
 from keras_qat.report import table
 
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds per network.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 20, "Steps of a burst.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds per network.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 15, "Steps of a burst.", lower_bound=1)
 _NETS = flags.DEFINE_multi_enum("nets", list(NETS), list(NETS), "Networks to measure; give it once for each.")
 _OUT = flags.DEFINE_string("out", default_out(__file__), "File for the results.")
 _NO_PEER = flags.DEFINE_bool("no_peer", False, "Leave tfmot out.")

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import math
 
 import keras
 import numpy as np
@@ -52,8 +53,22 @@ class FakeQuant(keras.layers.Layer):
         if not self.quantizer.built:
             self.quantizer.build(input_shape)
 
-    def call(self, x, site=0, observe=True, rounding="half_up", peek=False, training=None):
-        """Rounds `x`; with `peek` leaves it alone and just tells the scale, before the tensor itself is there."""
+    def call(self, x, site=0, observe=True, rounding="half_up", peek=False, factors=None, constant=1.0, training=None):
+        """Rounds `x` to the grid.
+
+        Args:
+            x: The tensor.
+            site: Its number among those that share the range.
+            observe: Whether it has a say in the range, while training.
+            rounding: "half_up", or "away" (see `numerics.away_from_zero`).
+            peek: Leave `x` alone and just tell the scale, before the tensor itself is there.
+            factors: The scales of the tensors that the group's tensor is a product of; its range is then moved to where
+                all kernels round products alike.
+            constant: The scale of a constant factor.
+
+        Returns:
+            The rounded tensor and the scale.
+        """
         if peek:
             low, high = numerics.widen(*self.quantizer.known_limits())
             return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
@@ -64,6 +79,9 @@ class FakeQuant(keras.layers.Layer):
             low, high = numerics.widen(*self.quantizer.limits(x, site))
             return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
         low, high = numerics.widen(*self.quantizer.limits(x, site, observe=bool(training) and observe))
+        if factors is not None:
+            low, high, quarter_step = self._snapped(low, high, factors, constant)
+            x = x + quarter_step * ops.stop_gradient(ops.sign(x))
         scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
         if training and not self.in_training:
             return x, scale
@@ -72,9 +90,20 @@ class FakeQuant(keras.layers.Layer):
         nonnegative = self.quantizer.observes and self.quantizer.nonnegative[site]
         return numerics.fake_quant(x, low, high, self.spec, nonnegative), scale
 
-    def parameters(self) -> tuple[float, int]:
+    def _snapped(self, low, high, factors, constant):
+        """The range moved a little for the kernels, and the quarter of a step that decides ties (see `Quantized`)."""
+        step = constant * math.prod(factors[1:], start=factors[0])
+        scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
+        moved_step, moved = numerics.snap_to_kernels(step, scale, fewest=6.0, upwards=False)
+        ratio = step / moved_step
+        return low * ratio, high * ratio, 0.25 * step * moved
+
+    def parameters(self, factors=None, constant=1.0) -> tuple[float, int]:
         """The scale and the zero point as the file gets them."""
-        low, high = numerics.widen(*self.quantizer.limits(ops.zeros((1,))))
+        low, high = numerics.widen(*self.quantizer.known_limits())
+        if factors is not None:
+            factors = [ops.convert_to_tensor(factor, "float32") for factor in factors]
+            low, high, _ = self._snapped(low, high, factors, constant)
         return numerics.scale_and_zero_point(np.float32(low), np.float32(high), self.spec)
 
     def compute_output_spec(self, x, **kwargs):

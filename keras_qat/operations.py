@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from keras_qat.graph import emit
 from keras_qat.graph.walk import key_of
+from keras_qat.layers import ChannelScale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Row:
         fuses: The TFLite op takes a fused activation.
         limits: The prescribed range of a "fixed" row.
         refuses: `node -> (reason, way out)` for the configurations that TFLite cannot express, else None.
+        factors: `(node, scales of its inputs) -> (scales, constant)` whose product is the scale of the op's accumulator,
+            for an op whose range can be moved so that all kernels round alike (see `numerics.snap_to_kernels`).
     """
 
     op: str
@@ -38,6 +41,7 @@ class Row:
     fuses: bool = False
     limits: tuple[float, float] | None = None
     refuses: Callable | None = None
+    factors: Callable = lambda node, scales: None
 
     def range_kind(self, node) -> str:
         return self.range(node) if callable(self.range) else self.range
@@ -85,6 +89,18 @@ def _slices(node):
     if keys and keys[0] not in (Ellipsis, slice(None)):
         return "It slices the batch axis.", "Slice behind the batch axis only."
     return None
+
+
+def _both_inputs(node, scales):
+    return scales, 1.0
+
+
+def _one_multiplier(node, scales):
+    """The input and the constant, whose integer is 127."""
+    layer = node.operation
+    if not isinstance(layer, ChannelScale) or not layer.is_one_number or layer.scalars[1] != 0:
+        return None
+    return scales[:1], max(abs(layer.scalars[0]), 1e-30) / 127
 
 
 def _concatenates(node):
@@ -153,12 +169,14 @@ OPERATIONS: dict[str, Row] = {
     "DepthwiseConv1D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_1d, (1, 2), True, refuses=_channels_last),
     "DepthwiseConv2D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_2d, (2, 3), True, refuses=_channels_last),
     "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", emit.conv_2d_transpose, (2,), True, refuses=_transposed),
-    "ChannelScale": Row("DEPTHWISE_CONV_2D / MUL / ADD", "own", emit.channel_scale, channels=(0,), fuses=True),
+    "ChannelScale": Row(
+        "DEPTHWISE_CONV_2D / MUL / ADD", "own", emit.channel_scale, channels=(0,), fuses=True, factors=_one_multiplier
+    ),
     "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", refuses=_batch_norm),
     # arithmetic
     "ops.Add": Row("ADD", "own", emit.add, fuses=True, refuses=_two_tensors),
     "ops.Subtract": Row("SUB", "own", emit.subtract, fuses=True, refuses=_two_tensors),
-    "ops.Multiply": Row("MUL", "own", emit.multiply, fuses=True, refuses=_two_tensors),
+    "ops.Multiply": Row("MUL", "own", emit.multiply, fuses=True, refuses=_two_tensors, factors=_both_inputs),
     "ops.Maximum": Row("MAXIMUM", "same", emit.maximum, refuses=_two_tensors),
     "ops.Minimum": Row("MINIMUM", "same", emit.minimum, refuses=_two_tensors),
     # activations

@@ -201,8 +201,12 @@ def annotate(model: keras.Model, decided: Plan) -> keras.Model:
     scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid, a tensor too
     seconds: dict[int, object] = {}  # id of an old tensor → its value on the grid of its second site
 
+    factors_of: dict[int, tuple] = {}  # group → the scales of the factors its tensor is a product of
+
     def on_grid(tensor, site: Site):
         options = {"observe": False, "rounding": "away"} if site.kind == "rounded" else {}
+        if site.group in factors_of:
+            options["factors"], options["constant"] = factors_of[site.group]
         value, scale_of_value = fake_quants[site.group](tensor, site=site.index, **options)
         scale_of[id(value)] = scale_of_value
         return value
@@ -233,10 +237,12 @@ def annotate(model: keras.Model, decided: Plan) -> keras.Model:
     def visit(node, args, kwargs):
         args, kwargs = moved(node, args, kwargs)
         scale = scale_of.get(id(tree.flatten(args)[0]))
+        product = row_of_node(node).factors(node, [scale_of.get(id(x)) for x in tree.flatten(args)])
+        site = decided.behind.get(id(node.outputs[0])) or decided.sites.get(id(node.outputs[0]))
+        if product is not None and [s.kind for s in decided.groups[site.group]].count("observed") == 1:
+            factors_of[site.group] = product
         if isinstance(node.operation, Quantized):
             wrapper = wrappers.setdefault(id(node.operation), node.operation.rewrapped())
-            output = id(node.outputs[0])
-            site = decided.behind.get(output) or decided.sites[output]
             _, output_scale = fake_quants[site.group](args[0], site=site.index, peek=True)
             result = wrapper(args[0], scale, output_scale, **kwargs)
         else:

@@ -87,6 +87,7 @@ class _Freezer:
     def __init__(self, program: Program):
         self.program = program
         self.values: dict[int, object] = {}
+        self.factors: dict[FakeQuant, tuple] = {}
 
     def begin(self, tensor) -> None:
         self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name)
@@ -116,7 +117,7 @@ class _Freezer:
 
     def _on_grid(self, node) -> None:
         """A FakeQuant: whatever is pending in front of it is written to a tensor of its grid."""
-        scale, zero_point = node.operation.parameters()
+        scale, zero_point = node.operation.parameters(*self._factors(node))
         value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
         name = value.name if isinstance(value, _Pending) else f"{value}/requantized"
         shape = (1, *like.shape[1:])
@@ -128,6 +129,16 @@ class _Freezer:
         else:
             self._emit(value.node, value.inputs, tensor, value.activation)
         self.values[id(node.outputs[0])] = tensor
+
+    def _factors(self, node):
+        """The scales of the factors of a product (see `FakeQuant.call`), read off the tensors already written."""
+        if "factors" not in node.arguments.kwargs:
+            return ()
+        if node.operation not in self.factors:
+            product = self.values[id(node.input_tensors[0])]
+            scales = [self.program.tensors[name].scale[0] for name in product.inputs]
+            self.factors[node.operation] = row_of_node(product.node).factors(product.node, scales)
+        return self.factors[node.operation]
 
     def _like_input(self, node, sources: list[str]) -> str:
         """An operation that only moves values: its result is on the grid of its input."""
