@@ -7,6 +7,10 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+_LEAKY = "LEAKY_RELU rounds twice on reference kernels, in 8 bits of fraction on XNNPACK"
+_QUANTIZE = "QUANTIZE rounds twice on reference kernels"
+_BILINEAR = "XNNPACK interpolates in 11 bits of fraction"
+_COARSE = "the mean of 1,024 values moves by so few steps that less than 6 steps of the accumulator make one of the output"
 IMAGE, SERIES, VECTOR = (12, 12, 8), (16, 8), (24,)
 
 
@@ -14,13 +18,17 @@ IMAGE, SERIES, VECTOR = (12, 12, 8), (16, 8), (24,)
 class Case:
     """`build` maps symbolic tensors to a symbolic tensor.
 
-    `exact` says that the issue's sharper bar holds for it: at most 0.1 % of the elements differ.
+    Args:
+        exact: The sharper bar holds for it: at most 0.1 % of the elements differ.
+        runtimes_disagree: Why LiteRT, XNNPACK and TFLM themselves give different integers for it. Its result is still
+            within 1 LSB; but a dense layer behind it adds up such differences, and the bar cannot hold there.
     """
 
     name: str
     build: Callable
     shapes: tuple[tuple[int, ...], ...] = (IMAGE,)
     exact: bool = False
+    runtimes_disagree: str = ""
 
     def __str__(self):
         return self.name
@@ -121,9 +129,11 @@ ACTIVATIONS = [
     Case("relu_activation", _activation("relu")),
     Case("relu_ops", lambda x: ops.relu(x)),
     Case("relu6_ops", lambda x: ops.relu6(x)),
-    Case("leaky_relu_layer", lambda x: layers.LeakyReLU()(x)),
-    Case("leaky_relu_ops", lambda x: ops.leaky_relu(x, 0.1)),
-    Case("leaky_relu_argument", lambda x: layers.Conv2D(6, 3, activation="leaky_relu")(x)),
+    Case("leaky_relu_layer", lambda x: layers.LeakyReLU()(x), runtimes_disagree=_LEAKY),
+    Case("leaky_relu_ops", lambda x: ops.leaky_relu(x, 0.1), runtimes_disagree=_LEAKY),
+    Case(
+        "leaky_relu_argument", lambda x: layers.Conv2D(6, 3, activation="leaky_relu")(x), runtimes_disagree=_LEAKY
+    ),
     Case("sigmoid", _activation("sigmoid")),
     Case("sigmoid_ops", lambda x: ops.sigmoid(x)),
     Case("tanh", _activation("tanh")),
@@ -158,7 +168,12 @@ MERGES = [
     Case("concatenate_2", lambda x, y: layers.Concatenate()([x, y]), (IMAGE, IMAGE)),
     Case("concatenate_8", lambda *x: ops.concatenate(list(x), axis=-1), (VECTOR,) * 8),
     Case("concatenate_axis_1", lambda x, y: layers.Concatenate(axis=1)([x, y]), (IMAGE, IMAGE)),
-    Case("concatenate_fixed", lambda x, y: layers.Concatenate()([ops.sigmoid(x), y]), (IMAGE, IMAGE)),
+    Case(
+        "concatenate_fixed",
+        lambda x, y: layers.Concatenate()([ops.sigmoid(x), y]),
+        (IMAGE, IMAGE),
+        runtimes_disagree=_QUANTIZE,
+    ),
     Case("concatenate_both_fixed", lambda x, y: ops.concatenate([ops.sigmoid(x), ops.sigmoid(y)], -1), (VECTOR, VECTOR)),
     Case("plus_constant", lambda x: x + 1.5),
     Case("minus_from_constant", lambda x: 1.0 - x),
@@ -178,7 +193,13 @@ POOLING = [
     Case("global_average_2d", lambda x: layers.GlobalAveragePooling2D()(x), exact=True),
     Case("global_average_keep", lambda x: layers.GlobalAveragePooling2D(keepdims=True)(x), exact=True),
     Case("global_average_1d", lambda x: layers.GlobalAveragePooling1D()(x), (SERIES,), True),
-    Case("global_average_large", lambda x: layers.GlobalAveragePooling2D()(x), ((32, 32, 4),), True),
+    Case(
+        "global_average_large",
+        lambda x: layers.GlobalAveragePooling2D()(x),
+        ((32, 32, 4),),
+        True,
+        runtimes_disagree=_COARSE,
+    ),
     Case("global_max_2d", lambda x: layers.GlobalMaxPooling2D()(x), exact=True),
     Case("global_max_1d", lambda x: layers.GlobalMaxPooling1D()(x), (SERIES,), True),
 ]
@@ -191,7 +212,11 @@ SHAPES = [
     Case("cropping_1d", lambda x: layers.Cropping1D(2)(x), (SERIES,)),
     Case("upsampling_nearest", lambda x: layers.UpSampling2D(2)(x)),
     Case("upsampling_oblong", lambda x: layers.UpSampling2D((1, 3))(x)),
-    Case("upsampling_bilinear", lambda x: layers.UpSampling2D(2, interpolation="bilinear")(x)),
+    Case(
+        "upsampling_bilinear",
+        lambda x: layers.UpSampling2D(2, interpolation="bilinear")(x),
+        runtimes_disagree=_BILINEAR,
+    ),
     Case("reshape", lambda x: layers.Reshape((36, 32))(x)),
     Case("reshape_minus_one", lambda x: ops.reshape(x, (-1, 24, 48))),
     Case("flatten", lambda x: layers.Flatten()(x)),
