@@ -42,7 +42,9 @@ class Contender:
     def burst(self, kind: str, steps: int) -> float:
         """Trains one of the models for some steps. Returns the median milliseconds of a step."""
         ends: list[float] = []
-        clock = self.keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
+        clock = self.keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter())
+        )
         # One step more than is counted: the first one pays for the start of `fit` and for caches the others emptied.
         self.models[kind].fit(self.data, steps_per_epoch=steps + 1, shuffle=False, callbacks=[clock], verbose=0)
         return 1e3 * float(np.median(np.diff(ends)))

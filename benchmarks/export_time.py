@@ -53,7 +53,7 @@ def peer_seconds() -> dict[str, float]:
 
 
 def row(what: str, ours: list[float], peer: float | None) -> tuple[str, ...]:
-    """A line of the table. The peer is compared with our first call, as its own was one, too."""
+    """A line of the table. The peer is compared with our first call: its only one is a first one, too."""
     first, *later = ours
     times = [f"{value:.2f}" for value in (first, np.median(later), min(later), max(later))]
     compared = ("-", "-") if peer is None else (f"{peer:.2f}", f"{peer / first:.1f}")
@@ -65,7 +65,8 @@ def main(_) -> None:
     peer = {} if _NO_PEER.value else peer_seconds()
     rows = [row(what, seconds, peer.get(what)) for what, seconds in ours.items()]
     shape = "×".join(map(str, NETS[_NET].input_shape))
-    settings = f"MobileNetV2 α 0.35, {shape}, after {_TRAINING_STEPS + 1} QAT steps; ours {_REPEATS.value} calls, tfmot 1"
+    calls = f"ours called {_REPEATS.value} times" + ("" if _NO_PEER.value else ", tfmot once")
+    settings = f"MobileNetV2 α 0.35, {shape}, file after {_TRAINING_STEPS + 1} QAT steps, {calls}"
     title = "Seconds to quantize a model and to write it (our first call; later ones: median, min, max)"
     publish(heading(title, settings, not _NO_PEER.value) + "\n\n" + table(_HEADING, rows), _OUT.value)
 

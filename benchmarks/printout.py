@@ -10,6 +10,7 @@ import keras_qat as kq
 
 _OURS = ("keras", "tensorflow", "ai-edge-litert")
 _PEERS = ("tf_keras", "tensorflow-model-optimization")
+_LOAD = os.getloadavg()[0]  # before the benchmark adds its own
 
 
 def heading(title: str, settings: str, with_peer: bool) -> str:
@@ -20,7 +21,7 @@ def heading(title: str, settings: str, with_peer: bool) -> str:
     lines = {
         "date": datetime.date.today().isoformat(),
         "versions": ", ".join(versions),
-        "machine": f"{os.cpu_count()} cores, {_cpu_model()}, load {os.getloadavg()[0]:.1f} at the end",
+        "machine": f"{os.cpu_count()} cores, {_cpu_model()}, load {_LOAD:.1f} at the start",
         "settings": settings,
     }
     return "\n".join([title, *(f"  {name:<9} {value}" for name, value in lines.items())])

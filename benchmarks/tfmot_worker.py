@@ -1,7 +1,7 @@
 """The peer's process: tfmot on tf_keras, obeying the lines of JSON that `peer_tfmot.Peer` writes to its stdin.
 
-A request is `[method, *arguments]`, the answer what the method returns. Started by `Peer` only: importing tfmot switches
-the `tf.keras` of the whole process to legacy Keras.
+A request is `[method, *arguments]`, the answer is what the method returns. Only `Peer` starts this: importing tfmot
+switches the `tf.keras` of the whole process to legacy Keras.
 """
 
 import json
