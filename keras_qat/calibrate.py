@@ -30,7 +30,7 @@ def calibrate(
     layers = [layer for layer in qat.layers if isinstance(layer, FakeQuant) and layer.quantizer.observes]
     before = [[variable.numpy() for variable in layer.quantizer.weights] for layer in layers]
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(autograph=False, reduce_retracing=True)
     def observe(batch):
         with calibrating():
             return qat(batch, training=False)

@@ -230,7 +230,7 @@ class Quantized(keras.layers.Layer):
             self.batch_norm.build(self.layer.compute_output_shape(input_shape))
 
     def call(self, x, input_scale=None, output_scale=None, training=None):
-        if training or input_scale is None:
+        if training or input_scale is None or _calibrating.get():
             return self._in_training(x, input_scale, output_scale, training)
         integers = self.integers(input_scale, output_scale)
         sums = self._linear(ops.round(x / input_scale), integers.kernel) + integers.bias
@@ -245,7 +245,11 @@ class Quantized(keras.layers.Layer):
         multiplier, offset = self.input_scaling
         if multiplier != 1.0 or offset != 0.0:
             y = y * multiplier + offset * self._kernel_sums(kernel)
-        return y if self.batch_norm is None else self.batch_norm(y, training=training)
+        if self.batch_norm is None:
+            return y
+        if training and self.batch_norm.trainable and numerics.can_fuse_batch_norm(self.batch_norm, y):
+            return numerics.fused_batch_norm(self.batch_norm, y)
+        return self.batch_norm(y, training=training)
 
     def _linear(self, x, kernel, bias=None):
         """The layer's own computation with `kernel` and `bias` in place of its variables."""

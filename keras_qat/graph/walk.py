@@ -1,7 +1,6 @@
 """Reading and rebuilding functional models node by node: what all the rewrites stand on."""
 
 import collections
-import copy
 from collections.abc import Callable
 
 import keras
@@ -53,8 +52,8 @@ def fresh_inputs(model):
 def clone(operation, name: str | None = None):
     """A new operation with the same configuration and the same weights, called nowhere yet."""
     if not isinstance(operation, keras.Layer):
-        twin = copy.copy(operation)
-        twin._inbound_nodes, twin._outbound_nodes = [], []
+        twin = object.__new__(type(operation))  # copy.copy would go through Keras's serialization
+        vars(twin).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
         twin.name = name or operation.name
         return twin
     twin = type(operation).from_config({**operation.get_config(), "name": name or operation.name})
