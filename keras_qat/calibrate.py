@@ -25,6 +25,8 @@ def calibrate(
     Returns:
         `qat`.
     """
+    if data is None:
+        raise ValueError("There is nothing to calibrate with. Expected arrays, a dataset or batches. Received: None")
     if method not in _METHODS:
         raise ValueError(f"Unknown calibration method. Expected one of {_METHODS}. Received: {method!r}")
     layers = [layer for layer in qat.layers if isinstance(layer, FakeQuant) and layer.quantizer.observes]
@@ -61,7 +63,7 @@ def _batches(data, batch_size):
             yield batch[0] if isinstance(batch, tuple) else batch
     elif isinstance(data, (list, tuple, dict)) or hasattr(data, "shape"):
         arrays = keras.tree.map_structure(np.asarray, data)
-        size = len(keras.tree.flatten(arrays)[0])
+        size = len(keras.tree.flatten(arrays)[0]) if keras.tree.flatten(arrays) else 0
         for start in range(0, size, batch_size):
             yield keras.tree.map_structure(lambda x: x[start : start + batch_size], arrays)
     else:

@@ -264,11 +264,11 @@ class Quantized(keras.layers.Layer):
         scale, snapped = self._weight_scale(input_scale, output_scale)
         kernel = self.weight_quantizer.integers(self.layer.kernel, self._per_kernel(scale))
         multiplier, bias = self._multiplier_and_bias(kernel, scale)
-        step = numerics.accumulator_step(input_scale, scale, multiplier, bias)
+        step, kept = numerics.accumulator_step(input_scale, scale, multiplier, bias)
         if self.batch_norm is not None and output_scale is not None:
             step, snapped = numerics.snap_to_kernels(step, output_scale, fewest=32.0, upwards=False)
         # A negative factor of a batch norm turns the channel's integers around, so that its scale stays positive.
-        kernel = kernel * self._per_kernel(ops.where(multiplier < 0, -1.0, 1.0))
+        kernel = kernel * self._per_kernel(ops.where(multiplier < 0, -kept, kept))
         return IntegerWeights(kernel, step, ops.round(bias / step), snapped)
 
     def _weight_scale(self, input_scale, output_scale):

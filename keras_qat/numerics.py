@@ -16,13 +16,13 @@ from keras_qat.spec import Spec
 SMALLEST_SPAN = 4e-6
 # The scale of a channel without any weight. Small against every real one: XNNPACK refuses s_in·s_w/s_out ≥ 256.
 _SCALE_OF_NOTHING = 1e-10
-# Biases are kept below 2^29 steps of their accumulator, a safe distance from the end of int32.
-_LARGEST_BIAS = 2.0**29
+# Biases are kept below 2^30 steps of their accumulator: the rest of int32 is for the sums.
+_LARGEST_BIAS = 2.0**30
 
 
 def widen(low, high):
     """Makes a range hold zero and have a width: `min(low, 0)`, `max(high, 0)`, at least `SMALLEST_SPAN` apart."""
-    low = ops.minimum(low, 0.0)
+    low, high = ops.minimum(low, 0.0), ops.maximum(high, 0.0)
     return low, ops.maximum(high, low + SMALLEST_SPAN)
 
 
@@ -60,7 +60,7 @@ def fake_quant(x, low, high, spec: Spec, nonnegative: bool = False):
         spec: The bits.
         nonnegative: `x >= 0` is known (behind a relu), which saves a pass over the gradient.
     """
-    low, high = tf.convert_to_tensor(low), tf.convert_to_tensor(high)
+    low, high = tf.stop_gradient(low), tf.stop_gradient(high)
 
     @tf.custom_gradient
     def straight_through(values):
@@ -123,15 +123,18 @@ def fake_quant_weights(weights, scale, spec: Spec):
 def accumulator_step(input_scale, scale, multiplier, bias):
     """The real value of one step of a kernel's int32 accumulator, per channel: `|s_in · s_w · multiplier|`.
 
-    `multiplier` is what a folded batch norm (or input scaling) multiplies a channel with. Where it is almost nothing,
-    the step is held large enough for the bias to fit into int32; the weights then add nothing that could be seen.
+    `multiplier` is what a folded batch norm (or input scaling) multiplies a channel with. Where it is almost nothing, no
+    int32 can hold the bias in such steps. They are made larger, and the weights have to be dropped.
+
+    Returns:
+        The steps, and for each channel 1.0, or 0.0 where its weights are dropped.
     """
     step = ops.abs(input_scale * scale * multiplier)
-    return ops.maximum(step, ops.abs(bias) * (1.0 / _LARGEST_BIAS) + _SCALE_OF_NOTHING * _SCALE_OF_NOTHING)
+    smallest = ops.abs(bias) * (1.0 / _LARGEST_BIAS) + _SCALE_OF_NOTHING * _SCALE_OF_NOTHING
+    return ops.maximum(step, smallest), ops.cast(step >= smallest, "float32")
 
 
-# What float32 needs to tell a number from its neighbours after the three roundings of `s_in · s_w / s_out`.
-_SMALLEST_HAIR = 3e-7
+_SMALLEST_HAIR = 1e-7  # float32 does not know smaller ones
 _MOST_STEPS = 8192.0  # with more steps of the accumulator to one of the output, kernels disagree once in ten thousand
 
 
@@ -172,7 +175,7 @@ def _next_power_of_two(x):
 
 def _highest_below(power):
     """The highest even number that keeps its distance from a power of two."""
-    return 2.0 * ops.floor(0.48 * power)
+    return 2.0 * ops.floor(0.475 * power)
 
 
 def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization):

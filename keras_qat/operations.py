@@ -11,6 +11,7 @@ To add an op, add a row here and a function to graph/emit.py that writes it. The
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from keras_qat.graph import emit
@@ -117,7 +118,7 @@ def _relu_with_options(node):
 
 def _keeps_batch(node):
     shape_in, shape_out = node.input_tensors[0].shape, node.outputs[0].shape
-    if None in shape_out[1:] or shape_out[0] != shape_in[0]:
+    if None in shape_out[1:] or math.prod(shape_in[1:]) != math.prod(shape_out[1:]):
         return f"It mixes the batch into another axis ({shape_in} → {shape_out}).", "Keep the batch axis as it is."
     return None
 

@@ -111,7 +111,7 @@ class _Tracer:
 
     def _visit_graph(self, graph, tensors, composite, kwargs, path):
         training = kwargs.get("training")
-        is_one_operation = len(nodes_of(graph)) == 1 and not isinstance(composite, keras.Function)
+        is_one_operation = len(nodes_of(graph)) == 1 and not _is_model(composite)
 
         def visit(node, inner_args, inner_kwargs):
             inner = node.operation
@@ -119,7 +119,7 @@ class _Tracer:
                 inner_kwargs = {"training": training, **inner_kwargs}
             # A layer that is just one operation (Add, ReLU) lends it its name, as does a Dense to what is left of it
             # without its activation: that is the name a person knows.
-            is_core = is_one_operation or (inner.name == composite.name and not isinstance(inner, keras.Function))
+            is_core = is_one_operation or (inner.name == composite.name and not _is_model(composite))
             inner_path = path if is_core else _join(path, _plain_name(inner))
             return self.visit(inner, inner_args, inner_kwargs, inner_path)
 
@@ -210,6 +210,10 @@ def _left_untouched(model):
             del layer._inbound_nodes[inbound:]
             del layer._outbound_nodes[outbound:]
             layer._losses[:] = losses
+
+
+def _is_model(operation) -> bool:
+    return isinstance(operation, (keras.Model, keras.Function))
 
 
 def _plain_name(operation) -> str:

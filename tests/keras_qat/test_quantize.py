@@ -1,0 +1,490 @@
+"""quantize, explain, calibrate and export as a user meets them: training, saving, and clear errors."""
+
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from cases import with_lively_batch_norms
+from keras import layers, ops
+from models import STYLES
+
+import keras_qat as kq
+from keras_qat.layers import FakeQuant
+
+SHAPE = (8, 8, 3)
+
+
+def small():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input(SHAPE, name="image")
+    x = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(4, 3, name="conv", use_bias=False)(inputs)))
+    return keras.Model(inputs, layers.Dense(3, activation="softmax", name="classes")(layers.Flatten()(x)))
+
+
+def images(count=64, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, *SHAPE)).astype("float32")
+
+
+LABELS = (images().mean((1, 2)).argmax(-1)).astype("int32")
+
+
+def ranges_of(qat) -> dict:
+    return {layer.name: layer.parameters() for layer in qat.layers if isinstance(layer, FakeQuant)}
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    return kq.calibrate(kq.quantize(small()), images())
+
+
+def random_inputs(model, count=8):
+    generator = np.random.default_rng(1)
+    arrays = [generator.normal(size=(count, *x.shape[1:])).astype("float32") for x in model.inputs]
+    return keras.tree.pack_sequence_as(model._inputs_struct, arrays)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+MODES = {
+    "graph": {"jit_compile": False},
+    "xla": {"jit_compile": True},
+    "eager": {"run_eagerly": True},
+    "several_steps": {"jit_compile": False, "steps_per_execution": 4},
+}
+
+
+def trained(**options):
+    qat = kq.quantize(small())
+    qat.compile(keras.optimizers.SGD(0.05), "sparse_categorical_crossentropy", **options)
+    history = qat.fit(images(), LABELS, batch_size=8, epochs=2, shuffle=False, verbose=0).history["loss"]
+    return qat, history
+
+
+@pytest.fixture(scope="module")
+def trained_eagerly():
+    return trained(run_eagerly=True)
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_fit(options, trained_eagerly):
+    """All ways of running a training step train the same weights and see the same ranges."""
+    qat, history = trained_eagerly if options.get("run_eagerly") else trained(**options)
+    assert history[-1] < history[0]
+    start = kq.quantize(small())
+    for old, new in zip(start.trainable_weights, qat.trainable_weights, strict=True):
+        assert not np.array_equal(old, new)
+    kq.freeze(qat)  # all ranges were observed
+    for one, other in zip(qat.weights, trained_eagerly[0].weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4, err_msg=one.path)
+
+
+def test_training_goes_through_the_rounding():
+    """In training mode the model computes with rounded weights: a change below half a step changes nothing."""
+
+    def output(change):
+        model = small()
+        kernel = model.get_layer("conv").kernel
+        value = kernel.numpy()
+        value[1, 1, 1, 1] = 0.4 * np.abs(value[..., 1]).max() / 127 + change * np.abs(value[..., 1]).max() / 127
+        kernel.assign(value)
+        return kq.quantize(model)(images(), training=True)
+
+    np.testing.assert_array_equal(output(0), output(-0.1))
+    assert not np.array_equal(output(0), output(0.3))
+
+
+@pytest.mark.parametrize("style", ["nested", "shared", "subclassed"])
+def test_float_model_is_left_untouched(style):
+    model = with_lively_batch_norms(STYLES[style]())
+    everything = list({id(layer): layer for layer in model._flatten_layers()}.values())
+    counts = [(layer.name, len(layer._inbound_nodes)) for layer in everything]
+    weights = model.get_weights()
+    x = random_inputs(kq.quantize(model))
+    before = keras.tree.flatten(model(x))
+    qat = kq.quantize(model)
+    qat(x, training=True)
+    for weight in qat.trainable_weights:
+        weight.assign(ops.zeros_like(weight))
+    assert [(layer.name, len(layer._inbound_nodes)) for layer in everything] == counts
+    for one, other in zip(model.get_weights(), weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(keras.tree.flatten(model(x)), before, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("make", STYLES.values(), ids=STYLES)
+def test_qat_model_is_close_to_the_float_model(make):
+    model = with_lively_batch_norms(make())
+    qat = kq.quantize(model)
+    x = random_inputs(qat, 64)
+    kq.calibrate(qat, x)
+    for one, other in zip(keras.tree.flatten(qat(x)), keras.tree.flatten(model(x)), strict=True):
+        assert np.abs(one - other).max() < 0.1 * np.ptp(other)
+    keras.tree.assert_same_structure(qat(x), model(x))
+
+
+def test_output_names_stay():
+    model = STYLES["two_outputs"]()
+    qat = kq.quantize(model)
+    assert set(qat.output) == {"label", "size"} and kq.quantize(small()).output_names == small().output_names
+    qat.compile("sgd", {"label": "sparse_categorical_crossentropy", "size": "mse"}, metrics={"label": ["accuracy"]})
+    x = random_inputs(qat, 8)
+    qat.fit(x, {"label": np.zeros(8), "size": np.zeros(8)}, verbose=0)
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+FRESH_PROCESS = """
+import sys
+import keras_qat, keras, numpy
+for path in sys.argv[1:]:
+    data = numpy.load(path + ".npz")
+    model = keras.saving.load_model(path)
+    inputs = [data[f"x{i}"] for i in range(len(model.inputs))]
+    inputs = keras.tree.pack_sequence_as(model._inputs_struct, inputs)
+    found = keras.tree.flatten(model.predict(inputs, verbose=0))
+    for i, output in enumerate(found):
+        assert numpy.array_equal(output, data[f"y{i}"]), (path, i, numpy.abs(output - data[f"y{i}"]).max())
+    content = keras_qat.freeze(model)
+    assert len(content.ops) == data["ops"], path
+print("all equal", len(sys.argv) - 1)
+"""
+
+
+def test_saved_models_predict_the_same_bits_in_a_fresh_process(tmp_path):
+    for name in ("shared", "subclassed"):
+        make = STYLES[name]
+        qat = kq.quantize(with_lively_batch_norms(make()))
+        x = random_inputs(qat, 16)
+        kq.calibrate(qat, x)
+        path = tmp_path / f"{name}.keras"
+        qat.save(path)
+        outputs = keras.tree.flatten(qat.predict(x, verbose=0))
+        arrays = {f"y{i}": y for i, y in enumerate(outputs)} | {f"x{i}": x for i, x in enumerate(keras.tree.flatten(x))}
+        np.savez(f"{path}.npz", ops=len(kq.freeze(qat).ops), **arrays)
+    paths = [str(path) for path in sorted(tmp_path.glob("*.keras"))]
+    command = [sys.executable, "-c", textwrap.dedent(FRESH_PROCESS), *paths]
+    folder = os.path.dirname(os.path.dirname(kq.__file__))
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": folder})
+    assert f"all equal {len(paths)}" in result.stdout, result.stderr[-2000:]
+
+
+# --- models that cannot be quantized ---------------------------------------------------------------------------------
+
+
+def sequential(*inner, shape=SHAPE):
+    return keras.Sequential([keras.Input(shape, name="image"), layers.Dropout(0.1), *inner])
+
+
+class NeverCalls(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.used, self.forgotten = layers.Dense(3, name="used"), layers.Dense(3, name="forgotten")
+
+    def call(self, x):
+        return self.used(x)
+
+
+def never_called():
+    model = NeverCalls()
+    model(np.zeros((1, 4)))
+    return model
+
+
+def spoiled(value):
+    model = small()
+    weights = model.get_layer("conv").get_weights()
+    weights[0].flat[3] = value
+    model.get_layer("conv").set_weights(weights)
+    return model
+
+
+def spoiled_norm():
+    inputs = keras.Input(SHAPE)
+    norm = layers.BatchNormalization(name="norm")
+    model = keras.Model(inputs, norm(layers.Conv2D(4, 3)(inputs)))
+    norm.moving_variance.assign([1, 1, np.inf, 1])
+    return model
+
+
+def reflect(x):
+    return ops.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]], "reflect")
+
+
+UNSUPPORTED = {
+    "dynamic_height": (
+        lambda: sequential(layers.Conv2D(4, 3), layers.GlobalMaxPooling2D(), shape=(None, 8, 3)), "image",
+    ),
+    "dynamic_width": (lambda: sequential(layers.Conv2D(4, 3), shape=(8, None, 3)), "image"),
+    "dynamic_time": (
+        lambda: sequential(layers.Conv1D(4, 3), layers.GlobalAveragePooling1D(), shape=(None, 3)), "image",
+    ),
+    "dynamic_time_dense": (lambda: sequential(layers.Dense(4), shape=(None, 3)), "image"),
+    "nan_weight": (lambda: spoiled(np.nan), "conv"),
+    "inf_weight": (lambda: spoiled(np.inf), "conv"),
+    "minus_inf_weight": (lambda: spoiled(-np.inf), "conv"),
+    "inf_statistics": (spoiled_norm, "norm"),
+    "never_called": (never_called, "forgotten"),
+    "batch_norm_axis": (lambda: sequential(layers.BatchNormalization(axis=1, name="norm")), "norm"),
+    "softmax_axis": (lambda: sequential(layers.Softmax(axis=1, name="soft")), "soft"),
+    "relu_threshold": (lambda: sequential(layers.ReLU(threshold=0.5, name="relu")), "relu"),
+    "dilated_transposed": (lambda: sequential(layers.Conv2DTranspose(4, 3, dilation_rate=2, name="up")), "up"),
+    "reflect_padding": (lambda: sequential(layers.Lambda(reflect, name="pad")), "pad"),
+    "lstm": (lambda: sequential(layers.LSTM(3, name="memory"), shape=(8, 3)), "memory"),
+    "gru": (lambda: sequential(layers.GRU(3, name="memory"), shape=(8, 3)), "memory"),
+    "conv3d": (lambda: sequential(layers.Conv3D(3, 2, name="volume"), shape=(4, 4, 4, 2)), "volume"),
+    "embedding": (lambda: sequential(layers.Embedding(9, 3, name="words"), shape=(8,)), "words"),
+    "batch_into_axis": (lambda: sequential(layers.Lambda(lambda x: ops.reshape(x, (-1, 3)), name="mix")), "mix"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make, layer", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_models_are_refused_by_layer_before_training(make, layer):
+    model = make()
+    with pytest.raises(kq.UnsupportedModelError) as error:
+        kq.quantize(model)
+    (problem,) = error.value.problems
+    assert f"{problem.layer}/".startswith(f"{layer}/")
+    assert problem.reason and problem.way_out and str(problem) in str(error.value)
+    explanation = kq.explain(model)
+    assert explanation.problems == error.value.problems and not explanation.supported
+    assert str(problem) in str(explanation)
+    assert explanation.to_dict()["problems"][0]["layer"] == problem.layer
+
+
+@pytest.mark.parametrize("make, name", [
+    (lambda: layers.Softmax(axis=1, name="mine"), "mine"),
+    (lambda: layers.LSTM(3, name="mine"), "mine"),
+    (lambda: layers.Conv1D(3, 3, padding="same", name="mine"), None),
+    (lambda: layers.Conv1D(3, 3, padding="same", activation="tanh", name="mine"), None),
+], ids=["softmax", "lstm", "conv", "conv_tanh"])  # fmt: skip
+@pytest.mark.parametrize("style", ["functional", "sequential", "nested"])
+def test_only_layer_of_a_model_keeps_its_name(make, name, style):
+    inputs, layer = keras.Input((8, 3), name="series"), make()
+    chain = keras.Sequential([keras.Input((8, 3)), layer], name="chain")
+    outputs = {"functional": layer, "sequential": chain, "nested": chain}[style](inputs)
+    model = chain if style == "sequential" else keras.Model(inputs, outputs)
+    explanation = kq.explain(model)
+    path = "chain/mine" if style == "nested" else "mine"
+    if name is not None:
+        assert [problem.layer for problem in explanation.problems] == [path]
+    else:
+        assert any(f"{row.layer}/".startswith(f"{path}/") for row in explanation.rows), str(explanation)
+
+
+def test_explain_prints_a_row_per_layer():
+    explanation = kq.explain(small())
+    assert explanation.supported and not explanation.problems
+    rows = {row.layer: row.integer_op for row in explanation.rows}
+    assert rows["conv"] == "CONV_2D" and "FULLY_CONNECTED" in rows.values()
+    for row in explanation.rows:
+        assert row.layer in str(explanation)
+
+
+class ForeignModel:
+    """What a tf_keras model looks like from here."""
+
+    __module__ = "tf_keras.src.engine.functional"
+    built, layers, inputs, outputs = True, [], [], []
+
+    def call(self, x):
+        return x
+
+
+class Unbuilt(keras.Model):
+    def call(self, x):
+        return x
+
+
+NO_MODELS = {
+    "foreign": (ForeignModel, "ForeignModel.*tf_keras"),
+    "layer": (lambda: layers.Dense(3), "Dense"),
+    "path": (lambda: "model.keras", "str"),
+    "none": (lambda: None, "NoneType"),
+    "unbuilt_sequential": (lambda: keras.Sequential([layers.Dense(3)], name="mine"), "'mine' is not built.*Input"),
+    "unbuilt_subclass": (lambda: Unbuilt(name="mine"), "'mine' is not built.*Input"),
+}
+
+
+@pytest.mark.parametrize("verb", [kq.quantize, kq.explain])
+@pytest.mark.parametrize("make, message", NO_MODELS.values(), ids=NO_MODELS)
+def test_what_is_no_built_model_is_refused(make, message, verb):
+    with pytest.raises(ValueError, match=message):
+        verb(make())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"scheme": "int3"}, "int8.*Received: 'int3'"),
+        ({"scheme": None}, "int8.*Received: None"),
+        ({"scheme": kq.Scheme(weights=kq.Spec())}, "symmetric.*Received"),
+        ({"scheme": kq.Scheme(activations=kq.Spec(bits=4))}, "Activations.*Received"),
+        ({"rules": ["conv"]}, "kq.Rule.*Received: 'conv'"),
+        ({"rules": [kq.Rule("conv", "int3")]}, "int8.*Received: 'int3'"),
+    ],
+)
+def test_unknown_schemes_and_rules_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        kq.quantize(small(), **options)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9, 16])
+def test_bits_out_of_range_are_refused(bits):
+    with pytest.raises(ValueError, match=f"bits.*Received: bits={bits}"):
+        kq.Spec(bits=bits)
+
+
+FOUR_BITS = kq.Scheme("int4", weights=kq.Spec(bits=4, symmetric=True, per_channel=True))
+
+
+def test_rules_that_match_nothing_warn():
+    with pytest.warns(UserWarning, match="cnov") as record:
+        qat = kq.quantize(small(), rules=[kq.Rule("cnov", FOUR_BITS), kq.Rule("conv", FOUR_BITS)])
+    assert "'conv'" not in str(record[0].message)
+    assert qat.get_layer("conv").weight_quantizer.spec.bits == 4
+
+
+def test_first_matching_rule_wins(recwarn):
+    qat = kq.quantize(small(), rules=[kq.Rule("conv", FOUR_BITS), kq.Rule("*", "int8")])
+    bits = {layer.name: layer.weight_quantizer.spec.bits for layer in qat.layers if hasattr(layer, "weight_quantizer")}
+    assert bits.pop("conv") == 4 and set(bits.values()) == {8}
+    assert not [w for w in recwarn if "rules" in str(w.message)]
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+BAD_DATA = {
+    "wrong_shape": (lambda: np.zeros((4, 8, 8, 1), "float32"), "'image' has the wrong shape.*Received"),
+    "wrong_rank": (lambda: np.zeros((4, 8, 8), "float32"), "wrong shape"),
+    "too_many_inputs": (lambda: [images(4), images(4)], "1 input.*2"),
+    "empty_array": (lambda: images(0), "no batch"),
+    "empty_list": (lambda: iter([]), "no batch"),
+    "empty_dataset": (lambda: tf.data.Dataset.from_tensor_slices(images(4)).batch(2).take(0), "no batch"),
+    "nan": (lambda: np.where(np.arange(3) == 1, np.nan, images(40)).astype("float32"), "'image'.*NaN"),
+    "inf_in_a_later_batch": (lambda: iter([images(4), images(4) * np.inf]), "NaN or infinite"),
+    "wrong_in_a_later_batch": (lambda: iter([50 * images(4), np.zeros((4, 8, 8, 1))]), "wrong shape"),
+    "empty_python_list": (list, "."),
+    "nothing": (lambda: None, "."),
+}
+
+
+@pytest.mark.parametrize("make, message", BAD_DATA.values(), ids=BAD_DATA)
+def test_bad_calibration_data_is_refused_and_the_old_ranges_survive(make, message, calibrated):
+    before = ranges_of(calibrated)
+    with pytest.raises(ValueError, match=message):
+        kq.calibrate(calibrated, make())
+    assert ranges_of(calibrated) == before
+
+
+def test_calibration_sets_the_ranges_of_the_data():
+    qat = kq.quantize(small())
+    weights = [weight.numpy() for weight in qat.trainable_weights]
+    x = images(40)
+    kq.calibrate(qat, 2 * images(8))
+    for data in (x, tf.data.Dataset.from_tensor_slices((x, x)).batch(16), iter([x[:20], x[20:]])):
+        assert kq.calibrate(qat, data) is qat
+        scale, zero_point = ranges_of(qat)["image.range"]
+        ends = (-128 - zero_point) * scale, (127 - zero_point) * scale
+        np.testing.assert_allclose(ends, (x.min(), x.max()), atol=scale)
+    kq.calibrate(qat, iter([x[:8], 100 * x]), steps=1)
+    assert ranges_of(qat)["image.range"][0] < 1
+    for one, other in zip(qat.trainable_weights, weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_unknown_calibration_method_is_refused(calibrated):
+    with pytest.raises(ValueError, match="minmax.*Received: 'magic'"):
+        kq.calibrate(calibrated, images(4), method="magic")
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A file that was there before."""
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"the old file")
+    return path
+
+
+def export(qat, path, **options):
+    return kq.export(qat, path, images(8), **{"runtimes": ("litert",), **options})
+
+
+def test_export_replaces_the_file_and_leaves_nothing_else(calibrated, target):
+    report = export(calibrated, target)
+    assert report.parity.passed and report.summary.is_full_int8 and report.path == str(target)
+    assert target.read_bytes()[4:8] == b"TFL3" and os.listdir(target.parent) == [target.name]
+    assert str(target) in str(report) and report.to_dict()["path"] == str(target)
+
+
+@pytest.mark.parametrize("verb", [kq.freeze, lambda qat: export(qat, "/tmp/never.tflite")], ids=["freeze", "export"])
+def test_export_before_any_training_names_the_tensors(verb):
+    with pytest.raises(ValueError, match="never observed.*'image'.*calibrate"):
+        verb(kq.quantize(small()))
+    with pytest.raises(ValueError, match="not a QAT model.*quantize"):
+        verb(small())
+
+
+def failing(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_when_the_disk_is_full_the_old_file_survives(function, code, calibrated, target, monkeypatch):
+    monkeypatch.setattr(os, function, failing(OSError(code, os.strerror(code))))
+    with pytest.raises(OSError, match=f"model.tflite.*{os.strerror(code)}"):
+        export(calibrated, target)
+    assert target.read_bytes() == b"the old file" and os.listdir(target.parent) == [target.name]
+
+
+def test_when_interrupted_the_old_file_survives(calibrated, target, monkeypatch):
+    monkeypatch.setattr(os, "fsync", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        export(calibrated, target)
+    assert target.read_bytes() == b"the old file" and os.listdir(target.parent) == [target.name]
+
+
+def test_file_that_disagrees_is_not_written(calibrated, target):
+    """`verify_with` inputs on which the runtime computes something else: made by breaking the reference."""
+    broken = kq.calibrate(kq.quantize(small()), images())
+    predict = broken.predict
+    broken.predict = lambda *args, **kwargs: 1 - predict(*args, **kwargs)
+    with pytest.raises(kq.ExportError, match="not written") as error:
+        export(broken, target)
+    assert not error.value.parity.passed
+    assert target.read_bytes() == b"the old file" and os.listdir(target.parent) == [target.name]
+
+
+@pytest.mark.parametrize("path", ["absent/model.tflite", "file/model.tflite", "folder"])
+def test_unwritable_paths_are_named(path, calibrated, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=path.split("/")[0]):
+        export(calibrated, tmp_path / path)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("runtime", ["gpu", ""])
+def test_unknown_runtimes_are_refused(runtime, calibrated, target):
+    with pytest.raises(ValueError, match="litert.*Received"):
+        export(calibrated, target, runtimes=(runtime,))
+    assert target.read_bytes() == b"the old file"
+
+
+@pytest.mark.parametrize("side", ["input_type", "output_type"])
+def test_unknown_rim_types_are_refused(side, calibrated, target):
+    with pytest.raises(ValueError, match=f"{side}.*Received.*int7"):
+        export(calibrated, target, **{side: "int7"})
