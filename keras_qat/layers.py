@@ -268,7 +268,7 @@ class Quantized(keras.layers.Layer):
         if self.batch_norm is not None and output_scale is not None:
             step, snapped = numerics.snap_to_kernels(step, output_scale, fewest=32.0, upwards=False)
         # A negative factor of a batch norm turns the channel's integers around, so that its scale stays positive.
-        kernel = kernel * self._per_kernel(ops.where(multiplier < 0, -kept, kept))
+        kernel = ops.round(kernel * self._per_kernel(ops.where(multiplier < 0, -kept, kept)))
         return IntegerWeights(kernel, step, ops.round(bias / step), snapped)
 
     def _weight_scale(self, input_scale, output_scale):

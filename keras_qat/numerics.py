@@ -44,7 +44,8 @@ def scale_and_zero_point(low, high, spec: Spec):
         scale = (np.float32(high) - np.float32(low)) / steps
         zero = np.floor(-np.float32(low) / scale + np.float32(0.5))
         return scale, int(np.clip(zero, 0, steps)) + spec.qmin
-    scale = (high - low) / steps
+    # In float64, because graphs turn a float32 division by a constant into a multiplication, whose last bit differs.
+    scale = ops.cast(ops.cast(high - low, "float64") / float(steps), "float32")
     return scale, ops.clip(ops.floor(-low / scale + 0.5), 0, steps) + spec.qmin
 
 
@@ -124,14 +125,14 @@ def accumulator_step(input_scale, scale, multiplier, bias):
     """The real value of one step of a kernel's int32 accumulator, per channel: `|s_in · s_w · multiplier|`.
 
     `multiplier` is what a folded batch norm (or input scaling) multiplies a channel with. Where it is almost nothing, no
-    int32 can hold the bias in such steps. They are made larger, and the weights have to be dropped.
+    int32 can hold the bias in such steps. They are made larger, and the integers of the weights as much smaller.
 
     Returns:
-        The steps, and for each channel 1.0, or 0.0 where its weights are dropped.
+        The steps, and for each channel the factor of its weights' integers: 1.0, or less where steps were made larger.
     """
     step = ops.abs(input_scale * scale * multiplier)
     smallest = ops.abs(bias) * (1.0 / _LARGEST_BIAS) + _SCALE_OF_NOTHING * _SCALE_OF_NOTHING
-    return ops.maximum(step, smallest), ops.cast(step >= smallest, "float32")
+    return ops.maximum(step, smallest), ops.minimum(step / smallest, 1.0)
 
 
 _SMALLEST_HAIR = 1e-7  # float32 does not know smaller ones

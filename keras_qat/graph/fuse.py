@@ -8,6 +8,8 @@ from keras_qat.layers import ChannelScale, Quantized
 from keras_qat.operations import row_of
 from keras_qat.spec import Rules
 
+_MOVES = {"RESHAPE", "TRANSPOSE", "STRIDED_SLICE"}
+
 
 def fuse(model: keras.Model, rules: Rules) -> keras.Model:
     """Wraps every layer with weights, its batch norm inside of it where one follows it at every call.
@@ -65,7 +67,7 @@ def _take_over_input_scaling(model):
         scalars = node.operation.scalars if key_of(node.operation) == "ChannelScale" else None
         if scalars is None or scalars[0] <= 0 or not _stems_from_input(node, model):
             continue
-        targets = readers[id(node.outputs[0])]
+        targets = _readers_of_values(node.outputs[0], readers)
         if all(t is not None and calls[id(t.operation)] == 1 and _can_take_over(t, scalars[1]) for t in targets):
             vanishing.add(id(node))
             taken.update({id(target.operation): scalars for target in targets})
@@ -79,6 +81,15 @@ def _take_over_input_scaling(model):
         return copies[node.operation](*args, **kwargs)
 
     return rewrite(model, visit), taken
+
+
+def _readers_of_values(tensor, readers) -> list:
+    """The nodes that compute with a tensor's values, seen through those that only put them elsewhere."""
+    found = []
+    for node in readers[id(tensor)]:
+        moves = node is not None and row_of(node.operation) is not None and row_of(node.operation).op in _MOVES
+        found += _readers_of_values(node.outputs[0], readers) if moves else [node]
+    return found
 
 
 def _stems_from_input(node, model) -> bool:
