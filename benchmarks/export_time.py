@@ -17,7 +17,7 @@ from printout import default_out, heading, publish
 
 import keras_qat as kq
 import tflite_export
-from keras_qat.report import table
+from tflite_export.table import table
 
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Calls of ours, the first one included.", lower_bound=2)
 _OUT = flags.DEFINE_string("out", default_out(__file__), "File for the results.")

@@ -18,7 +18,7 @@ from printout import default_out, heading, publish
 
 import keras_qat as kq
 import tflite_export
-from keras_qat.report import table
+from tflite_export.table import table
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 from cases import OPERATIONS, inputs_for  # noqa: E402

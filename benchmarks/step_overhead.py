@@ -17,7 +17,7 @@ from peer_tfmot import Peer
 from printout import default_out, heading, publish
 
 import keras_qat as kq
-from keras_qat.report import table
+from tflite_export.table import table
 
 _ROUNDS = flags.DEFINE_integer("rounds", 25, "Rounds per network.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 15, "Steps of a burst.", lower_bound=1)

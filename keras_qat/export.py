@@ -94,7 +94,9 @@ def _write_atomically(path: pathlib.Path, content: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"Could not write {str(path)!r}: {error.strerror}. What was there before is unchanged.") from error
+        raise OSError(
+            f"Could not write {str(path)!r}: {error.strerror}. What was there before is unchanged."
+        ) from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

@@ -348,4 +348,3 @@ class IntegerWeights:
 
 def _deserialized(layer):
     return keras.saving.deserialize_keras_object(layer) if isinstance(layer, dict) else layer
-

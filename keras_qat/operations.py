@@ -112,7 +112,10 @@ def _concatenates(node):
 def _relu_with_options(node):
     op = node.operation
     if op.threshold != 0 or op.negative_slope != 0 or not op.max_value:
-        return "TFLite has no relu with a threshold, or with both a slope and a maximum.", "Use relu, relu6, leaky_relu."
+        return (
+            "TFLite has no relu with a threshold, or with both a slope and a maximum.",
+            "Use relu, relu6, leaky_relu.",
+        )
     return None
 
 
@@ -225,10 +228,27 @@ OPERATIONS: dict[str, Row] = {
     "GaussianNoise": _TRAINING_ONLY,
     **{
         f"Random{what}": _TRAINING_ONLY
-        for what in (
-            "Flip Rotation Zoom Translation Contrast Brightness Hue Saturation Sharpness Shear ColorJitter "
-            "ColorDegeneration Erasing Grayscale Invert Perspective Posterization GaussianBlur ElasticTransform"
-        ).split()
+        for what in [
+            "Flip",
+            "Rotation",
+            "Zoom",
+            "Translation",
+            "Contrast",
+            "Brightness",
+            "Hue",
+            "Saturation",
+            "Sharpness",
+            "Shear",
+            "ColorJitter",
+            "ColorDegeneration",
+            "Erasing",
+            "Grayscale",
+            "Invert",
+            "Perspective",
+            "Posterization",
+            "GaussianBlur",
+            "ElasticTransform",
+        ]
     },
 }
 

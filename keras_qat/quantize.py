@@ -13,11 +13,11 @@ from keras_qat.graph.annotate import Plan, annotate, plan, row_of_node
 from keras_qat.graph.freeze import output_names
 from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lower import lowering_of
-from keras_qat.graph.trace import trace
+from keras_qat.graph.trace import original, trace
 from keras_qat.graph.walk import input_names, nodes_of
 from keras_qat.operations import row_of
-from keras_qat.report import table
 from keras_qat.spec import Rule, Rules, Scheme, resolve_scheme
+from tflite_export.table import table
 
 _INTEGER_INPUTS = {"uint8": (0.0, 255.0), "int8": (-128.0, 127.0)}
 
@@ -227,7 +227,9 @@ def _input_ranges(flat, input_range) -> dict[str, tuple[float, float]]:
     given = input_range if isinstance(input_range, dict) else dict.fromkeys(names, input_range)
     for name, pair in given.items():
         if name not in names:
-            raise ValueError(f"input_range names an input the model does not have. Expected: {names}. Received: {name!r}")
+            raise ValueError(
+                f"input_range names an input the model does not have. Expected: {names}. Received: {name!r}"
+            )
         if len(pair) != 2 or not pair[0] < pair[1] or not np.all(np.isfinite(pair)):
             raise ValueError(f"A range is (low, high) with low < high. Received for input {name!r}: {pair}")
     return {**known, **{name: (min(float(low), 0.0), max(float(high), 0.0)) for name, (low, high) in given.items()}}
@@ -239,7 +241,7 @@ def _path(operation) -> str:
 
 def _row_before_planning(node) -> Row:
     row = row_of(node.operation)
-    return Row(_path(node.operation), type(node.operation).__name__, row.op if row else "none", "", "", "")
+    return Row(_path(node.operation), type(original(node.operation)).__name__, row.op if row else "none", "", "", "")
 
 
 def _row(node, prepared: _Prepared) -> Row:

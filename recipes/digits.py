@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 
 import keras_qat as kq
 import tflite_export
-from keras_qat.report import table
+from tflite_export.table import table
 
 _EPOCHS = flags.DEFINE_integer("epochs", 12, "Epochs in float.", lower_bound=1)
 _QAT_EPOCHS = flags.DEFINE_integer("qat_epochs", 4, "Epochs of quantization-aware fine-tuning.", lower_bound=1)

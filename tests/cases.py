@@ -10,7 +10,9 @@ from keras import layers, ops
 _LEAKY = "LEAKY_RELU rounds twice on reference kernels, in 8 bits of fraction on XNNPACK"
 _QUANTIZE = "QUANTIZE rounds twice on reference kernels"
 _BILINEAR = "XNNPACK interpolates in 11 bits of fraction"
-_COARSE = "the mean of 1,024 values moves by so few steps that less than 6 steps of the accumulator make one of the output"
+_COARSE = (
+    "the mean of 1,024 values moves by so few steps that less than 6 steps of the accumulator make one of the output"
+)
 IMAGE, SERIES, VECTOR = (12, 12, 8), (16, 8), (24,)
 
 
@@ -89,7 +91,9 @@ WEIGHTS = [
     Case("dense_relu", lambda x: layers.Dense(10, "relu")(x), (VECTOR,), True),
     Case("conv1d", lambda x: layers.Conv1D(10, 3, padding="same")(x), (SERIES,), True),
     Case("conv1d_strided", lambda x: layers.Conv1D(10, 3, strides=2)(x), (SERIES,), True),
-    Case("conv1d_causal_dilated", lambda x: layers.Conv1D(10, 3, padding="causal", dilation_rate=2)(x), (SERIES,), True),
+    Case(
+        "conv1d_causal_dilated", lambda x: layers.Conv1D(10, 3, padding="causal", dilation_rate=2)(x), (SERIES,), True
+    ),
     Case("conv2d", lambda x: layers.Conv2D(10, 3)(x), exact=True),
     Case("conv2d_same_strided", lambda x: layers.Conv2D(10, 3, 2, "same")(x), exact=True),
     Case("conv2d_oblong", lambda x: layers.Conv2D(10, (1, 5), (1, 2), "same")(x), exact=True),
@@ -131,9 +135,7 @@ ACTIVATIONS = [
     Case("relu6_ops", lambda x: ops.relu6(x)),
     Case("leaky_relu_layer", lambda x: layers.LeakyReLU()(x), runtimes_disagree=_LEAKY),
     Case("leaky_relu_ops", lambda x: ops.leaky_relu(x, 0.1), runtimes_disagree=_LEAKY),
-    Case(
-        "leaky_relu_argument", lambda x: layers.Conv2D(6, 3, activation="leaky_relu")(x), runtimes_disagree=_LEAKY
-    ),
+    Case("leaky_relu_argument", lambda x: layers.Conv2D(6, 3, activation="leaky_relu")(x), runtimes_disagree=_LEAKY),
     Case("sigmoid", _activation("sigmoid")),
     Case("sigmoid_ops", lambda x: ops.sigmoid(x)),
     Case("tanh", _activation("tanh")),
@@ -174,7 +176,9 @@ MERGES = [
         (IMAGE, IMAGE),
         runtimes_disagree=_QUANTIZE,
     ),
-    Case("concatenate_both_fixed", lambda x, y: ops.concatenate([ops.sigmoid(x), ops.sigmoid(y)], -1), (VECTOR, VECTOR)),
+    Case(
+        "concatenate_both_fixed", lambda x, y: ops.concatenate([ops.sigmoid(x), ops.sigmoid(y)], -1), (VECTOR, VECTOR)
+    ),
     Case("plus_constant", lambda x: x + 1.5),
     Case("minus_from_constant", lambda x: 1.0 - x),
     Case("times_constant", lambda x: x * 0.3),

@@ -7,4 +7,16 @@ from tflite_export.rim import with_io_types
 from tflite_export.verify import Parity, reference_tensors, verify
 from tflite_export.write import write
 
-__all__ = ["Op", "Parity", "Program", "Summary", "Tensor", "inspect", "predict", "reference_tensors", "verify", "with_io_types", "write"]
+__all__ = [
+    "Op",
+    "Parity",
+    "Program",
+    "Summary",
+    "Tensor",
+    "inspect",
+    "predict",
+    "reference_tensors",
+    "verify",
+    "with_io_types",
+    "write",
+]

@@ -1,7 +1,7 @@
 """Command line: look into a `.tflite` file, or run it on random inputs.
 
-    python -m tflite_export inspect model.tflite [--json]
-    python -m tflite_export run model.tflite --runtime=tflm [--samples=8] [--seed=0]
+python -m tflite_export inspect model.tflite [--json]
+python -m tflite_export run model.tflite --runtime=tflm [--samples=8] [--seed=0]
 """
 
 import json
@@ -10,8 +10,9 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from tflite_export.inspect import Summary, TensorSummary, inspect, load, text_table
+from tflite_export.inspect import Summary, TensorSummary, inspect, load
 from tflite_export.runtimes import RUNTIMES, run
+from tflite_export.table import table
 
 _JSON = flags.DEFINE_bool("json", False, "inspect: print JSON instead of tables.")
 _RUNTIME = flags.DEFINE_enum("runtime", "litert", list(RUNTIMES), "run: what runs the file.")
@@ -47,7 +48,7 @@ def _random_input(tensor: TensorSummary, rng: np.random.Generator, samples: int)
 
 
 def _statistics(summary: Summary, outputs: list[np.ndarray]) -> str:
-    return text_table(
+    return table(
         ("output", "shape", "dtype", "min", "max", "mean", "std", "distinct"),
         [
             (port.name, "x".join(map(str, values.shape)), str(values.dtype), f"{values.min()}", f"{values.max()}")

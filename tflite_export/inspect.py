@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ai_edge_litert import schema_py_generated as schema
 
+from tflite_export.table import table
+
 _IDENTIFIER = b"TFL3"
 _MAX_OBJECTS = 500_000
 _FLOATS = ("float16", "float32", "float64", "bfloat16", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2")
@@ -133,7 +135,7 @@ class Summary:
         return "\n".join(lines + [f"  rim: {note}" for note in self.rim])
 
     def _tables(self) -> Iterable[str]:
-        yield text_table(
+        yield table(
             ("signature", "", "name", "tensor", "shape", "dtype", "scale", "zero point"),
             [
                 (signature.key, side, port.name, port.tensor.name, *_tensor_cells(port.tensor))
@@ -142,11 +144,11 @@ class Summary:
                 for port in ports
             ],
         )
-        yield text_table(
+        yield table(
             ("#", "op", "version", "MACs", "constant bytes", "inputs", "outputs"),
             [(i, op.kind, op.version, op.macs, op.weight_bytes, *_op_cells(op)) for i, op in enumerate(self.ops)],
         )
-        yield text_table(
+        yield table(
             ("tensor", "shape", "dtype", "scale", "zero point", "axis", "bytes"),
             [(t.name, *_tensor_cells(t), "" if t.axis is None else t.axis, t.bytes or "") for t in self.tensors],
         )
@@ -193,22 +195,6 @@ def _range_cell(values: Sequence) -> str:
 
 def _op_cells(op: OpSummary) -> tuple[str, str]:
     return ", ".join(name or "-" for name in op.inputs), ", ".join(op.outputs)
-
-
-def text_table(header: Sequence, rows: Iterable[Sequence]) -> str:
-    """Plain text with aligned columns, numbers to the right; an empty string when there are no rows."""
-    rows = list(rows)
-    if not rows:
-        return ""
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    to_the_right = [all(isinstance(cell, int) or cell == "" for cell in column) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, to_the_right)
-        ).rstrip()
-        for row in cells
-    )
 
 
 def inspect(tflite: bytes | str | os.PathLike) -> Summary:
@@ -403,13 +389,13 @@ class _Subgraph:
 def _signatures(tables: list, parts: list[_Subgraph], reader: _Reader) -> list[Signature]:
     """All signatures, the one of the first subgraph at the front."""
     found = []
-    for table in tables:
-        part = _at(parts, table.SubgraphIndex(), "subgraph")
+    for entry in tables:
+        part = _at(parts, entry.SubgraphIndex(), "subgraph")
         sides = {
-            side: _ports(getattr(part, side.lower()), reader.objects(table, side), part, reader)
+            side: _ports(getattr(part, side.lower()), reader.objects(entry, side), part, reader)
             for side in ("Inputs", "Outputs")
         }
-        found.append(Signature(reader.text(table.SignatureKey()), part.index, sides["Inputs"], sides["Outputs"]))
+        found.append(Signature(reader.text(entry.SignatureKey()), part.index, sides["Inputs"], sides["Outputs"]))
     if not any(signature.subgraph == 0 for signature in found):
         first = parts[0]
         found.append(

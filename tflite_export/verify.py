@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tflite_export.inspect import Port, Summary, TensorSummary, inspect, load, text_table
+from tflite_export.inspect import Port, Summary, TensorSummary, inspect, load
 from tflite_export.program import Tensor
 from tflite_export.runtimes import RUNTIMES, RefusedModelError, available, check_name, run
+from tflite_export.table import table
 
 MAX_LSB = 1
 MIN_TOP1 = 0.995
@@ -91,13 +92,13 @@ class Parity:
         return "\n".join(section for section in sections if section)
 
     def _results_table(self) -> str:
-        return text_table(
+        return table(
             ("runtime", "output", "elements", "differing", "max LSB", "top-1 equal"),
             [(r.runtime, r.output, r.elements, *_cells(r), _percent(r.top1)) for r in self.results],
         )
 
     def _layers_table(self) -> str:
-        return text_table(
+        return table(
             ("tensor", "op", "differing", "max LSB"),
             [(layer.tensor, layer.op, *_cells(layer)) for layer in self.layers],
         )

@@ -174,9 +174,7 @@ def depthwise_conv_2d(call: Call) -> None:
     height, width, channels, multiplier = kernel.shape
     kernel = kernel.reshape(1, height, width, channels * multiplier)
     strides, dilation = _pair(layer.strides), _pair(layer.dilation_rate)
-    _convolution(
-        call, "DEPTHWISE_CONV_2D", kernel, 3, strides, dilation, layer.padding, depthMultiplier=multiplier
-    )
+    _convolution(call, "DEPTHWISE_CONV_2D", kernel, 3, strides, dilation, layer.padding, depthMultiplier=multiplier)
 
 
 conv_1d, depthwise_conv_1d = conv_2d, depthwise_conv_2d
@@ -201,8 +199,10 @@ def _output_shape(call: Call) -> str:
     shape = call.shape(call.output)
     if not call.program.dynamic_batch:
         return call.constant("output_shape", shape, "int32")
-    numbers = [call.program.add(Tensor(f"{call.output}/{what}", size, "int32", batched=False)) for what, size in
-               (("input_shape", (4,)), ("batch", (1,)), ("output_shape", (4,)))]
+    numbers = [
+        call.program.add(Tensor(f"{call.output}/{what}", size, "int32", batched=False))
+        for what, size in (("input_shape", (4,)), ("batch", (1,)), ("output_shape", (4,)))
+    ]
     first, second, step = (call.constant(what, [v], "int32") for what, v in (("begin", 0), ("end", 1), ("step", 1)))
     call.op("SHAPE", [call.inputs[0]], numbers[0], outType=schema.TensorType.INT32)
     call.op("STRIDED_SLICE", [numbers[0], first, second, step], numbers[1])
@@ -364,7 +364,9 @@ def pad(call: Call) -> None:
         return call.op("PAD", [call.inputs[0], paddings], call.output)
     tensor = call.program.tensors[call.inputs[0]]
     grid = {"scale": tensor.scale, "zero_point": tensor.zero_point}
-    call.op("PADV2", [call.inputs[0], paddings, call.constant("value", tensor.quantize(value), "int8", **grid)], call.output)
+    call.op(
+        "PADV2", [call.inputs[0], paddings, call.constant("value", tensor.quantize(value), "int8", **grid)], call.output
+    )
 
 
 def upsampling(call: Call) -> None:

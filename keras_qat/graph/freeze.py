@@ -143,7 +143,9 @@ class _Freezer:
     def _like_input(self, node, sources: list[str]) -> str:
         """An operation that only moves values: its result is on the grid of its input."""
         shape = (1, *node.outputs[0].shape[1:])
-        tensor = self.program.add(dataclasses.replace(self.program.tensors[sources[0]], name=node.operation.name, shape=shape))
+        tensor = self.program.add(
+            dataclasses.replace(self.program.tensors[sources[0]], name=node.operation.name, shape=shape)
+        )
         self._emit(node, sources, tensor, None)
         return tensor
 

@@ -162,13 +162,13 @@ def _foldable_batch_norms(model) -> dict[int, object]:
             continue
         following = readers[id(node.outputs[0])]
         reader = following[0] if len(following) == 1 else None
-        if reader is None or key_of(reader.operation) != "BatchNormalization":
+        if (
+            reader is None
+            or key_of(reader.operation) != "BatchNormalization"
+            or found.setdefault(id(layer), reader).operation is not reader.operation
+        ):
             refused.add(id(layer))
-        elif found.setdefault(id(layer), reader).operation is not reader.operation:
-            refused.add(id(layer))
-    return {
-        key: node for key, node in found.items() if key not in refused and calls[id(node.operation)] == calls[key]
-    }
+    return {key: node for key, node in found.items() if key not in refused and calls[id(node.operation)] == calls[key]}
 
 
 def _quantized(operation, norm, input_scalings, rules, x) -> Quantized:

@@ -132,7 +132,9 @@ def _arithmetic_with_constant(operation, args, kwargs):
         return None
     scaling = {
         "ops.Add": lambda c: ChannelScale(1.0, np.ravel(c)),
-        "ops.Subtract": lambda c: ChannelScale(-1.0, np.ravel(c)) if constant_first else ChannelScale(1.0, -np.ravel(c)),
+        "ops.Subtract": lambda c: (
+            ChannelScale(-1.0, np.ravel(c)) if constant_first else ChannelScale(1.0, -np.ravel(c))
+        ),
         "ops.Multiply": lambda c: ChannelScale(np.ravel(c)),
         "ops.Divide": lambda c: ChannelScale(1.0 / np.ravel(c)),
     }[key](constant)

@@ -49,7 +49,9 @@ def _inputs_of(model):
         structure = model._functional._inputs_struct
     if structure is not None:
         return tree.map_structure(
-            lambda x: keras.Input(batch_shape=(None, *x.shape[1:]), dtype=x.dtype, name=x._keras_history.operation.name),
+            lambda x: keras.Input(
+                batch_shape=(None, *x.shape[1:]), dtype=x.dtype, name=x._keras_history.operation.name
+            ),
             structure,
         )
     shapes = model._build_shapes_dict
@@ -210,6 +212,11 @@ def _left_untouched(model):
             del layer._inbound_nodes[inbound:]
             del layer._outbound_nodes[outbound:]
             layer._losses[:] = losses
+
+
+def original(operation):
+    """What a stand-in for something that could not be opened stands for; anything else itself."""
+    return operation.operation if isinstance(operation, _Closed) else operation
 
 
 def _is_model(operation) -> bool:

@@ -274,7 +274,7 @@ def norm_with(which, value, channel=2):
 
     def change(weights):
         weights = [weight.copy() for weight in weights]
-        weights["gamma beta mean variance".split().index(which)][channel] = value
+        weights[["gamma", "beta", "mean", "variance"].index(which)][channel] = value
         return weights
 
     return change
