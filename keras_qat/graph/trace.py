@@ -12,6 +12,8 @@ from keras_qat.graph.walk import clone, key_of, nodes_of, rebuild
 
 _HOW_TO_BUILD = "Give it an Input, or call it once on a batch, or pass quantize(..., inputs=keras.Input(shape))."
 
+_NO_FORM = "keras_qat has no integer form for this operation."
+
 
 def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[keras.Model, list[Problem]]:
     """Flattens a model into primitive operations, each a copy with weights of its own.
@@ -96,9 +98,8 @@ class _Tracer:
             try:
                 return self.open(operation, args, kwargs, path)
             except Exception as error:  # whatever a user's `call` raises on symbolic tensors
-                reason = f"Its call cannot run on symbolic tensors: {type(error).__name__}: {_first_line(error)}"
-                return self._leave_closed(operation, args, kwargs, path, reason)
-        return self._leave_closed(operation, args, kwargs, path, "keras_qat has no integer form for this operation.")
+                return self._leave_closed(operation, args, kwargs, path, _why_closed(operation, error))
+        return self._leave_closed(operation, args, kwargs, path, _NO_FORM)
 
     def open(self, composite, args, kwargs, path):
         """Replaces a composite by what it is made of."""
@@ -230,6 +231,12 @@ def _plain_name(operation) -> str:
 
 def _join(path, name):
     return f"{path}/{name}" if path else name
+
+
+def _why_closed(operation, error) -> str:
+    if type(operation).__module__.startswith("keras."):
+        return _NO_FORM
+    return f"Its call cannot run on symbolic tensors: {type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error) -> str:
