@@ -36,7 +36,6 @@ class FakeQuant(keras.layers.Layer):
         quantizer: Finds the range (see `keras_qat.quantizers`).
         sites: Names of the tensors that share the range. The layer is called once for each, with its number.
         bits: Of the integers.
-        rounding: "half_up", or "away" for the tie rule of TFLite's average pooling.
         in_training: False leaves the values alone while training. Used for probabilities at the model's output, whose
             loss needs their logarithm.
     """
