@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_qat.layers import FakeQuant, calibrating
+from keras_qat.layers import FakeQuant, calibrating, require_qat
 
 _METHODS = ("minmax",)
 
@@ -29,6 +29,7 @@ def calibrate(
         raise ValueError("There is nothing to calibrate with. Expected arrays, a dataset or batches. Received: None")
     if method not in _METHODS:
         raise ValueError(f"Unknown calibration method. Expected one of {_METHODS}. Received: {method!r}")
+    require_qat(qat)
     layers = [layer for layer in qat.layers if isinstance(layer, FakeQuant) and layer.quantizer.observes]
     before = [[variable.numpy() for variable in layer.quantizer.weights] for layer in layers]
 

@@ -7,6 +7,7 @@ import tempfile
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import tflite_export
 from keras_qat.graph.freeze import freeze, taps
@@ -58,7 +59,7 @@ def export(
     Args:
         qat: What `kq.quantize` returned, trained or calibrated.
         path: Of the file. A file that is there already survives until the new one is right.
-        verify_with: Real inputs (array, list or dict; a few hundred samples do). `None`: random ones from the observed
+        verify_with: Real inputs (array, list, dict or a dataset, of which 256 samples are taken). `None`: random ones from the observed
             input ranges.
         input_type, output_type: "int8", "uint8" or "float32" at the rim of the file.
         dynamic_batch: The file takes any batch size instead of 1.
@@ -72,7 +73,7 @@ def export(
     """
     path = pathlib.Path(path)
     content = tflite_export.write(freeze(qat, input_type, output_type, dynamic_batch))
-    samples = _random_inputs(qat) if verify_with is None else verify_with
+    samples = _random_inputs(qat) if verify_with is None else _samples(verify_with)
     parity = tflite_export.verify(content, qat, samples, runtimes=runtimes)
     if not parity.passed:
         raise ExportError(f"{path} was not written: the runtimes disagree with the QAT model.\n{parity}", parity)
@@ -108,6 +109,19 @@ def _umask() -> int:
     return mask
 
 
+def _samples(data, enough: int = 256):
+    """Arrays as they are; of a dataset as many batches of inputs as make enough samples."""
+    if not isinstance(data, tf.data.Dataset):
+        return data
+    batches, count = [], 0
+    for batch in data.as_numpy_iterator():
+        batches.append(batch[0] if isinstance(batch, tuple) else batch)
+        count += len(keras.tree.flatten(batches[-1])[0])
+        if count >= enough:
+            break
+    return keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *batches)
+
+
 def _random_inputs(qat, samples: int = 64):
     """Uniform noise over the range of each input."""
     generator = np.random.default_rng(0)
@@ -129,4 +143,6 @@ def _reference_tensors(qat: keras.Model, inputs) -> dict[str, np.ndarray]:
     """The QAT model's own values of the file's tensors, for the per-layer view of `verify`."""
     names, model = taps(qat)
     values = model.predict(inputs, verbose=0)
-    return dict(zip(names, values if isinstance(values, list) else [values], strict=True))
+    tensors = dict(zip(names, values if isinstance(values, list) else [values], strict=True))
+    # A one-dimensional operation writes an image of one row, which is then reshaped (see emit.Call.image_output).
+    return {**tensors, **{f"{name}/result": value for name, value in tensors.items()}}

@@ -41,7 +41,7 @@ class FakeQuant(keras.layers.Layer):
     """
 
     def __init__(self, quantizer, sites=("tensor",), bits=8, in_training=True, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "dtype": "float32"})
         if isinstance(quantizer, dict):
             quantizer = keras.saving.deserialize_keras_object(quantizer)
         self.quantizer, self.sites = quantizer, tuple(sites)
@@ -128,7 +128,7 @@ class ChannelScale(keras.layers.Layer):
     """
 
     def __init__(self, kernel=None, bias=None, **kwargs):
-        super().__init__(trainable=False, **kwargs)
+        super().__init__(**{**kwargs, "trainable": False, "dtype": "float32"})
         self.factors, self.offsets = _compact(kernel, 1.0), _compact(bias, 0.0)
         self.use_bias = bool(np.any(self.offsets != 0))
 
@@ -202,7 +202,7 @@ class Quantized(keras.layers.Layer):
     def __init__(
         self, layer, channel_axes=(-1,), batch_norm=None, input_scaling=(1.0, 0.0), bits=8, per_channel=True, **kwargs
     ):
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "dtype": "float32"})
         self.layer = _deserialized(layer)
         self.batch_norm = _deserialized(batch_norm)
         self.channel_axes, self.input_scaling = tuple(channel_axes), tuple(input_scaling)
@@ -347,3 +347,16 @@ class IntegerWeights:
 
 def _deserialized(layer):
     return keras.saving.deserialize_keras_object(layer) if isinstance(layer, dict) else layer
+
+
+def is_qat(model) -> bool:
+    """Whether `kq.quantize` made this model."""
+    return any(isinstance(layer, FakeQuant) for layer in getattr(model, "layers", []))
+
+
+def require_qat(model) -> None:
+    if not is_qat(model):
+        raise ValueError(
+            "This is not a QAT model: it has no FakeQuant layer. Expected what kq.quantize(model) returns. Received: "
+            f"{model!r}"
+        )

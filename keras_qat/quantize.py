@@ -15,6 +15,7 @@ from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import original, trace
 from keras_qat.graph.walk import input_names, nodes_of
+from keras_qat.layers import is_qat
 from keras_qat.operations import row_of
 from keras_qat.spec import Rule, Rules, Scheme, resolve_scheme
 from tflite_export.table import table
@@ -141,6 +142,8 @@ class _Prepared:
 
 def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
     """Everything up to the plan; stops at the flat model if there are problems."""
+    if is_qat(model):
+        raise ValueError(f"Model {model.name!r} is quantized already: kq.quantize takes the float model.")
     known = Rules(rules, resolve_scheme(scheme))
     flat, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
     names = _output_names_of(model, flat)
@@ -230,7 +233,7 @@ def _input_ranges(flat, input_range) -> dict[str, tuple[float, float]]:
             raise ValueError(
                 f"input_range names an input the model does not have. Expected: {names}. Received: {name!r}"
             )
-        if len(pair) != 2 or not pair[0] < pair[1] or not np.all(np.isfinite(pair)):
+        if np.shape(pair) != (2,) or not pair[0] < pair[1] or not np.all(np.isfinite(pair)):
             raise ValueError(f"A range is (low, high) with low < high. Received for input {name!r}: {pair}")
     return {**known, **{name: (min(float(low), 0.0), max(float(high), 0.0)) for name, (low, high) in given.items()}}
 

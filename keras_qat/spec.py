@@ -77,6 +77,8 @@ class Rules:
     """An ordered list of rules that remembers which of them were ever used, so that a typo shows."""
 
     def __init__(self, rules: Sequence[Rule], default: Scheme):
+        if isinstance(rules, Rule):
+            rules = [rules]
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise ValueError(f"rules is a list of kq.Rule. Received: {rule!r}")

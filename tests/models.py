@@ -45,6 +45,14 @@ def shared():
     return keras.Model({"left": left, "right": right}, layers.Dense(4)(difference))
 
 
+def shared_dense():
+    """One layer, called twice, its results concatenated and subtracted."""
+    left, right = keras.Input((8,), name="left"), keras.Input((8,), name="right")
+    layer = layers.Dense(4, name="shared")
+    both = layers.Concatenate()([layer(left), layer(right)])
+    return keras.Model([left, right], layers.Dense(3)(layers.Concatenate()([both, layer(left) - layer(right)])))
+
+
 def two_outputs():
     inputs = keras.Input((16, 16, 3), name="image")
     x = layers.Flatten()(layers.MaxPooling2D(4)(layers.Conv2D(8, 3, activation="relu")(inputs)))
@@ -96,4 +104,4 @@ def subclassed():
     return model
 
 
-STYLES = {f.__name__: f for f in (sequential, functional, nested, shared, two_outputs, subclassed)}
+STYLES = {f.__name__: f for f in (sequential, functional, nested, shared, shared_dense, two_outputs, subclassed)}

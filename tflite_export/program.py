@@ -5,10 +5,19 @@ A `Program` is plain data: tensors by name and a list of TFLite ops in the order
 """
 
 import dataclasses
+from collections.abc import Container
 
 import numpy as np
 
 _INTEGER_RANGES = {"int4": (-8, 7), "int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767)}
+
+
+def unique_name(base: str, taken: Container[str]) -> str:
+    """`base`, numbered if it is taken."""
+    name, count = base, 1
+    while name in taken:
+        name, count = f"{base}_{count}", count + 1
+    return name
 
 
 @dataclasses.dataclass
@@ -78,9 +87,7 @@ class Program:
 
     def add(self, tensor: Tensor) -> str:
         """Adds `tensor`, made unique by a counter if its name is taken, and returns its name."""
-        base, count = tensor.name, 1
-        while tensor.name in self.tensors:
-            tensor.name, count = f"{base}_{count}", count + 1
+        tensor.name = unique_name(tensor.name, self.tensors)
         self.tensors[tensor.name] = tensor
         return tensor.name
 

@@ -158,6 +158,8 @@ def verify(
         >>> assert parity.passed, parity
     """
     names = (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
+    if not names:
+        raise ValueError(f"Expected at least one of the runtimes {', '.join(RUNTIMES)}. Received: {runtimes!r}")
     for name in names:
         check_name(name)
     content = load(tflite)
@@ -364,6 +366,8 @@ def _compare_layers(content: bytes, arrays: list, summary: Summary, references: 
 
 def _compare_layer(tensor: TensorSummary, kind: str, reference: Any, received: np.ndarray) -> LayerParity:
     values = np.asarray(reference)
+    if values.size == received.size:  # what is one-dimensional in the model may be an image of one row in the file
+        values = values.reshape(received.shape)
     _refuse_nan(values, f"The reference's tensor {tensor.name!r}")
     expected = grid_of(tensor).quantize(values)
     return LayerParity(tensor.name, kind, *_difference(expected, _like(expected, received, tensor.name)))

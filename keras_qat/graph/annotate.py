@@ -9,6 +9,7 @@ from keras_qat.graph.walk import Copies, fresh_inputs, nodes_of, producers_of, r
 from keras_qat.layers import FakeQuant, Quantized
 from keras_qat.operations import row_of
 from keras_qat.quantizers import Fixed, MovingAverage
+from tflite_export.program import unique_name
 
 Limits = tuple[float, float]
 
@@ -181,7 +182,7 @@ def _form_groups(result: Plan, leader_of, root) -> None:
                 if site.kind == "fixed":
                     second = Site(f"{site.name}.requantized", nonnegative=site.limits[0] == 0)
                     result.moved[id(root[key])] = second
-                    sites[sites.index(site)] = second
+                    sites = [second if other is site else other for other in sites]
                     _add_group(result, [site])
         _add_group(result, sites)
 
@@ -190,13 +191,13 @@ def _add_group(result: Plan, sites: list[Site]) -> None:
     finding = [site for site in sites if site.kind != "rounded"]
     for site in sites:
         site.group = len(result.groups)
-        site.index = finding.index(site) if site in finding else 0
+        site.index = next((index for index, found in enumerate(finding) if found is site), 0)
     result.groups.append(sites)
 
 
 def annotate(model: keras.Model, decided: Plan) -> keras.Model:
     """Puts a FakeQuant where the plan has a site: fused model → QAT model."""
-    fake_quants = [_fake_quant(sites) for sites in decided.groups]
+    fake_quants = _fake_quants(decided.groups)
     copies, wrappers = Copies(), {}
     scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid, a tensor too
     seconds: dict[int, object] = {}  # id of an old tensor → its value on the grid of its second site
@@ -253,6 +254,16 @@ def annotate(model: keras.Model, decided: Plan) -> keras.Model:
     inputs = fresh_inputs(model)
     begun = [behind(old, new) for old, new in zip(model.inputs, tree.flatten(inputs), strict=True)]
     return keras.Model(inputs, rebuild(model, visit, begun), name=model.name)
+
+
+def _fake_quants(groups: list[list[Site]]) -> list[FakeQuant]:
+    """One layer for each group, named after its first tensor; numbered where a shared layer makes several tensors."""
+    layers: dict[str, FakeQuant] = {}
+    for sites in groups:
+        layer = _fake_quant(sites)
+        layer.name = unique_name(layer.name, layers)
+        layers[layer.name] = layer
+    return list(layers.values())
 
 
 def _fake_quant(sites: list[Site]) -> FakeQuant:

@@ -9,9 +9,10 @@ from keras_qat.graph import emit
 from keras_qat.graph.annotate import row_of_node
 from keras_qat.graph.emit import Call
 from keras_qat.graph.walk import input_names, nodes_of
-from keras_qat.layers import FakeQuant, Quantized
+from keras_qat.layers import FakeQuant, Quantized, require_qat
 from tflite_export import Program, Tensor, with_io_types
 from tflite_export.optimize import optimize
+from tflite_export.program import unique_name
 
 
 def freeze(
@@ -47,21 +48,13 @@ def output_names(model) -> list[str]:
     """Keras's names of the outputs, made unique."""
     names: list[str] = []
     for tensor in model.outputs:
-        name = base = tensor._keras_history.operation.name
-        count = 1
-        while name in names:
-            name, count = f"{base}_{count}", count + 1
-        names.append(name)
+        names.append(unique_name(tensor._keras_history.operation.name, names))
     return names
 
 
 def _require_ranges(qat) -> None:
-    layers = [layer for layer in getattr(qat, "layers", []) if isinstance(layer, FakeQuant)]
-    if not layers:
-        raise ValueError(
-            "This is not a QAT model: it has no FakeQuant layer. Expected what kq.quantize(model) returns. Received: "
-            f"{qat!r}"
-        )
+    require_qat(qat)
+    layers = [layer for layer in qat.layers if isinstance(layer, FakeQuant)]
     unseen = [site for layer in layers if not layer.quantizer.was_observed() for site in layer.sites]
     if unseen:
         shown = ", ".join(repr(name) for name in unseen[:8]) + (" ..." if len(unseen) > 8 else "")
@@ -165,12 +158,12 @@ def _data_inputs(node):
 
 def taps(qat: keras.Model) -> tuple[list[str], keras.Model]:
     """The tensor names of the file, and a model that computes their values: what a per-layer comparison needs."""
-    names, tensors = [], []
+    found: dict[str, object] = {}
     for node in nodes_of(qat):
         if isinstance(node.operation, FakeQuant) and not node.arguments.kwargs.get("peek"):
-            names.append(_tensor_name(node))
-            tensors.append(node.outputs[0])
-    return names, keras.Model(tree.map_structure(lambda x: x, qat._inputs_struct), tensors)
+            found[unique_name(_tensor_name(node), found)] = node.outputs[0]
+    inputs = tree.map_structure(lambda x: x, qat._inputs_struct)
+    return list(found), keras.Model(inputs, list(found.values()))
 
 
 def _tensor_name(node) -> str:

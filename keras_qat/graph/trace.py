@@ -9,6 +9,7 @@ from keras import tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.walk import clone, key_of, nodes_of, rebuild
+from tflite_export.program import unique_name
 
 _HOW_TO_BUILD = "Give it an Input, or call it once on a batch, or pass quantize(..., inputs=keras.Input(shape))."
 
@@ -91,7 +92,10 @@ class _Tracer:
         """Calls a primitive's copy, or opens a composite."""
         lowering = self._lowering_of(operation, args, kwargs)
         if lowering is not None:
-            return self._open_call(lowering, operation, args, kwargs, path)
+            try:
+                return self._open_call(lowering, operation, args, kwargs, path)
+            except Exception as error:  # an `activation=` that only takes numbers
+                return self._leave_closed(operation, args, kwargs, path, _why_closed(operation, error))
         if self.is_primitive(operation):
             return self._call_copy(operation, args, kwargs, path)
         if isinstance(operation, (keras.Layer, keras.Function)):
@@ -153,10 +157,7 @@ class _Tracer:
 
     def _unique(self, path: str) -> str:
         """A Keras name for a path ("backbone/conv" → "backbone.conv"), numbered where it is taken."""
-        base = path.replace("/", ".")
-        name, count = base, 1
-        while name in self._names:
-            name, count = f"{base}_{count}", count + 1
+        name = unique_name(path.replace("/", "."), self._names)
         self._names.add(name)
         return name
 

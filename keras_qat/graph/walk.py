@@ -56,7 +56,9 @@ def clone(operation, name: str | None = None):
         vars(twin).update(vars(operation), _inbound_nodes=[], _outbound_nodes=[])
         twin.name = name or operation.name
         return twin
-    twin = type(operation).from_config({**operation.get_config(), "name": name or operation.name})
+    # float32 whatever the policy: integers are simulated in float32, and half precision would move them.
+    config = {**operation.get_config(), "name": name or operation.name, "dtype": "float32"}
+    twin = type(operation).from_config(config)
     twin.trainable = operation.trainable
     if operation.weights:
         build = operation._build_shapes_dict
