@@ -150,7 +150,7 @@ class _Tracer:
         return copy(*args, **kwargs)
 
     def _leave_closed(self, operation, args, kwargs, path, reason):
-        way_out = "Rebuild it from layers and keras.ops that the table of operations lists."
+        way_out = "Rebuild it from what keras_qat.operations.OPERATIONS lists."
         self.problems.append(Problem(path, type(operation).__name__, reason, way_out))
         stand_in = _Closed(operation, name=self._unique(path))
         return stand_in(*args, **kwargs)
