@@ -12,7 +12,6 @@ import sys
 
 import keras
 import numpy as np
-import tensorflow as tf
 from absl import app, flags
 from printout import default_out, heading, publish
 
@@ -22,6 +21,7 @@ from tflite_export.table import table
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests"))
 from cases import OPERATIONS, inputs_for  # noqa: E402
+from models import converted  # noqa: E402
 
 _RUNTIMES = ("litert", "xnnpack", "tflm")
 _ONLY = flags.DEFINE_string("only", "", "Run just the cases whose name contains this.")
@@ -95,16 +95,6 @@ def networks_table() -> str:
         print(f"  {name}: done", flush=True)
     columns = ("network", *_RUNTIMES, "top-1 equal", "ops", "ops of TFLiteConverter's PTQ")
     return table(columns, rows)
-
-
-def converted(model: keras.Model, images) -> bytes:
-    """TFLiteConverter's PTQ of the float model."""
-    converter = tf.lite.TFLiteConverter.from_keras_model(model)
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: ([image[None]] for image in images[:8])
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter.inference_input_type = converter.inference_output_type = tf.int8
-    return converter.convert()
 
 
 def op_list(summary: tflite_export.Summary) -> str:

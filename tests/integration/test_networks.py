@@ -5,7 +5,7 @@ import collections
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
+from models import converted
 
 import keras_qat as kq
 import tflite_export
@@ -26,16 +26,6 @@ def _trained(name, size, steps):
     qat.compile(keras.optimizers.Adam(1e-4), "sparse_categorical_crossentropy")
     qat.fit(images, labels, batch_size=16, steps_per_epoch=steps, verbose=0)
     return model, qat, images
-
-
-def _converted(model, images):
-    """TFLiteConverter's PTQ of the float model."""
-    converter = tf.lite.TFLiteConverter.from_keras_model(model)
-    converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: ([image[None]] for image in images[:8])
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-    converter.inference_input_type = converter.inference_output_type = tf.int8
-    return converter.convert()
 
 
 def _ops(tflite):
@@ -59,7 +49,7 @@ def test_network(name, size, runtimes):
     assert tflite_export.inspect(tflite).is_full_int8
     parity = tflite_export.verify(tflite, qat, images, runtimes=runtimes)
     assert parity.top1 >= 0.995, parity
-    ours, theirs = _ops(tflite), _ops(_converted(model, images))
+    ours, theirs = _ops(tflite), _ops(converted(model, images))
     assert not ours - theirs, f"ops that TFLiteConverter does without: {ours - theirs}"
 
 
@@ -68,7 +58,7 @@ def test_versions_are_those_of_the_converter():
     model, qat, images = _trained("MobileNetV2", 32, steps=1)
     versions = [
         {op.kind: op.version for op in tflite_export.inspect(file).ops}
-        for file in (tflite_export.write(kq.freeze(qat)), _converted(model, images))
+        for file in (tflite_export.write(kq.freeze(qat)), converted(model, images))
     ]
     shared = versions[0].keys() & versions[1].keys()
     assert len(shared) >= 5
