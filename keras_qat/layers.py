@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qat import numerics
+from keras_qat import kernels, numerics
 from keras_qat.quantizers import MaxAbs
 from keras_qat.spec import Spec
 
@@ -52,7 +52,7 @@ class FakeQuant(keras.layers.Layer):
         if not self.quantizer.built:
             self.quantizer.build(input_shape)
 
-    def call(self, x, site=0, observe=True, rounding="half_up", peek=False, factors=None, constant=1.0, training=None):
+    def call(self, x, site=0, observe=True, rounding="half_up", peek=False, factors=None, constant=1.0, count=1, training=None):
         """Rounds `x` to the grid.
 
         Args:
@@ -64,6 +64,7 @@ class FakeQuant(keras.layers.Layer):
             factors: The scales of the tensors that the group's tensor is a product of; its range is then moved to where
                 all kernels round products alike.
             constant: The scale of a constant factor.
+            count: How many values a mean is over (see `numerics.snap_to_kernels`).
 
         Returns:
             The rounded tensor and the scale.
@@ -79,7 +80,7 @@ class FakeQuant(keras.layers.Layer):
             return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
         low, high = numerics.widen(*self.quantizer.limits(x, site, observe=bool(training) and observe))
         if factors is not None:
-            low, high, quarter_step = self._snapped(low, high, factors, constant)
+            low, high, quarter_step = self._snapped(low, high, factors, constant, count)
             x = x + quarter_step * ops.stop_gradient(ops.sign(x))
         scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
         if training and not self.in_training:
@@ -89,20 +90,20 @@ class FakeQuant(keras.layers.Layer):
         nonnegative = self.quantizer.observes and self.quantizer.nonnegative[site]
         return numerics.fake_quant(x, low, high, self.spec, nonnegative), scale
 
-    def _snapped(self, low, high, factors, constant):
-        """The range moved a little for the kernels, and the quarter of a step that decides ties (see `Quantized`)."""
+    def _snapped(self, low, high, factors, constant, count):
+        """The range made a little wider for the kernels, and the quarter of a step that decides ties (see `Quantized`)."""
         step = constant * math.prod(factors[1:], start=factors[0])
         scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
-        moved_step, moved = numerics.snap_to_kernels(step, scale, fewest=6.0, upwards=False)
+        moved_step, moved = numerics.snap_to_kernels(step, scale, numerics.FEWEST_STEPS, "down", count)
         ratio = step / moved_step
         return low * ratio, high * ratio, 0.25 * step * moved
 
-    def parameters(self, factors=None, constant=1.0) -> tuple[float, int]:
+    def parameters(self, factors=None, constant=1.0, count=1) -> tuple[float, int]:
         """The scale and the zero point as the file gets them."""
         low, high = numerics.widen(*self.quantizer.known_limits())
         if factors is not None:
             factors = [ops.convert_to_tensor(factor, "float32") for factor in factors]
-            low, high, _ = self._snapped(low, high, factors, constant)
+            low, high, _ = self._snapped(low, high, factors, constant, count)
         return numerics.scale_and_zero_point(np.float32(low), np.float32(high), self.spec)
 
     def compute_output_spec(self, x, **kwargs):
@@ -181,8 +182,68 @@ def _constant(values):
     return initializer
 
 
+class GridLayer(keras.layers.Layer):
+    """A layer that must know the grids it stands between: `annotate` calls it with the scales of both."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.supports_masking = True
+
+    def compute_output_shape(self, input_shape, *_):
+        return input_shape
+
+    def compute_output_spec(self, x, *args, **kwargs):
+        return keras.KerasTensor(self.compute_output_shape(x.shape), "float32")
+
+
 @keras.saving.register_keras_serializable("keras_qat")
-class Quantized(keras.layers.Layer):
+class Rescale(GridLayer):
+    """`x · factor`, the factor moved by less than a percent to where all kernels round alike: a MUL by a constant.
+
+    With a factor of 1 it carries a tensor from one grid to another. (QUANTIZE does that in one op too, but rounds
+    differently on every runtime.)
+
+    Args:
+        factor: Any number.
+        same_grid: The product stays on the grid of `x` instead of getting one of its own.
+    """
+
+    def __init__(self, factor: float = 1.0, same_grid: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        self.factor, self.same_grid = float(factor), same_grid
+
+    def call(self, x, input_scale=None, output_scale=None):
+        if input_scale is None or _calibrating.get():
+            return x * self.factor
+        integer, scale, snapped = self.constant(input_scale, output_scale)
+        product = x * ops.stop_gradient(integer * scale)
+        return product + ops.stop_gradient(0.25 * snapped * scale * input_scale * ops.sign(product))
+
+    def constant(self, input_scale, output_scale):
+        """The constant's integer, its scale, and 1.0 if all kernels round its products alike, else 0.0."""
+        size = max(abs(self.factor), 1e-30)
+        integer = ops.clip(ops.floor(numerics.MOST_STEPS * input_scale * size / output_scale), 1.0, 127.0)
+        step, snapped = numerics.snap_to_kernels(
+            input_scale * (size / integer), output_scale, numerics.FEWEST_STEPS, "nearest"
+        )
+        return integer * math.copysign(1.0, self.factor), step / input_scale, snapped
+
+    def get_config(self):
+        return {**super().get_config(), "factor": self.factor, "same_grid": self.same_grid}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class HardSwish(GridLayer):
+    """`x · relu6(x + 3) / 6`; at inference by the kernel's own 16-bit arithmetic."""
+
+    def call(self, x, input_scale=None, output_scale=None, training=None):
+        if training or input_scale is None or _calibrating.get():
+            return ops.hard_silu(x)
+        return kernels.hard_swish(ops.round(x / input_scale), input_scale, output_scale) * output_scale
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Quantized(GridLayer):
     """Runs a layer on quantized weights; with a batch norm behind it where `freeze` will fold that in.
 
     In training it is the layer in float, its kernel fake-quantized, then the batch norm on the batch's statistics. At
@@ -202,12 +263,11 @@ class Quantized(keras.layers.Layer):
     def __init__(
         self, layer, channel_axes=(-1,), batch_norm=None, input_scaling=(1.0, 0.0), bits=8, per_channel=True, **kwargs
     ):
-        super().__init__(**{**kwargs, "dtype": "float32"})
+        super().__init__(**kwargs)
         self.layer = _deserialized(layer)
         self.batch_norm = _deserialized(batch_norm)
         self.channel_axes, self.input_scaling = tuple(channel_axes), tuple(input_scaling)
         self.weight_quantizer = MaxAbs(bits, per_channel, self.channel_axes, name="weights")
-        self.supports_masking = True
 
     def rewrapped(self) -> "Quantized":
         """The same layers in a new wrapper that no graph has called yet."""
@@ -265,7 +325,7 @@ class Quantized(keras.layers.Layer):
         multiplier, bias = self._multiplier_and_bias(kernel, scale)
         step, kept = numerics.accumulator_step(input_scale, scale, multiplier, bias)
         if self.batch_norm is not None and output_scale is not None:
-            step, snapped = numerics.snap_to_kernels(step, output_scale, fewest=32.0, upwards=False)
+            step, snapped = numerics.snap_to_kernels(step, output_scale, 32.0, "nearest")
         # A negative factor of a batch norm turns the channel's integers around, so that its scale stays positive.
         kernel = ops.round(kernel * self._per_kernel(ops.where(multiplier < 0, -kept, kept)))
         return IntegerWeights(kernel, step, ops.round(bias / step), snapped)
@@ -279,7 +339,7 @@ class Quantized(keras.layers.Layer):
         if self.batch_norm is not None or input_scale is None or output_scale is None:
             return scale, 0.0
         factor = input_scale * self.input_scaling[0]
-        step, snapped = numerics.snap_to_kernels(factor * scale, output_scale, fewest=6.0, upwards=True)
+        step, snapped = numerics.snap_to_kernels(factor * scale, output_scale, numerics.FEWEST_STEPS, "up")
         return ops.stop_gradient(step / factor), snapped
 
     def _per_kernel(self, channels):
@@ -312,9 +372,6 @@ class Quantized(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape, *_):
         return self.layer.compute_output_shape(input_shape)
-
-    def compute_output_spec(self, x, *args, **kwargs):
-        return keras.KerasTensor(self.layer.compute_output_shape(x.shape), "float32")
 
     def get_config(self):
         return {

@@ -137,10 +137,11 @@ def accumulator_step(input_scale, scale, multiplier, bias):
 
 # XNNPACK computes M in float32, in three roundings: with 1e-7 it lost 45 % of a ResNet50's outputs by 1 LSB.
 _SMALLEST_HAIR = 3e-7
-_MOST_STEPS = 8192.0  # with more steps of the accumulator to one of the output, kernels disagree once in ten thousand
+MOST_STEPS = 8192.0  # with more steps of the accumulator to one of the output, kernels disagree once in ten thousand
+FEWEST_STEPS = 6.0  # the smallest even number with room below the next power of two, after 2
 
 
-def snap_to_kernels(step, output_scale, fewest: float, upwards: bool):
+def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1):
     """Moves the accumulator's step a little, to where all kernels round alike.
 
     XNNPACK rounds `accumulator · M` once, `M = step / output_scale`. TFLM and LiteRT's reference kernels round twice:
@@ -149,26 +150,56 @@ def snap_to_kernels(step, output_scale, fewest: float, upwards: bool):
     an even D no integer multiple of M lies there: the closest ones are a hair above the half (that is what e is for) and
     a whole M below, and M is more than `2^-(s+1)` as long as D is not too close below a power of two.
 
+    MEAN splits M into a ratio of scales and `1 / count`, and takes s from the rounded-down logarithms of both. There D
+    must not be too close above a power of two either (see `has_divisors`).
+
     Args:
         step: Real value of one step of the accumulator, per channel.
         output_scale: Of the tensor that is written.
         fewest: Channels are moved where `1 / M` is from this (at least 6) to 8192.
-        upwards: Only ever make steps larger; else take the nearest.
+        move: "up" only ever makes steps larger, "down" smaller, "nearest" either.
+        count: How many values a MEAN is over.
 
     Returns:
         The moved steps, and for each channel 1.0 if it was moved, else 0.0.
     """
-    wanted = ops.clip(output_scale / step, fewest, _MOST_STEPS)
+    divisor = kernel_divisor(output_scale / step, fewest, move, count)
+    moved = step * MOST_STEPS >= output_scale
+    if move != "down":
+        moved = ops.logical_and(step * fewest <= output_scale, moved)
+    return ops.where(moved, output_scale * one_part_of(divisor), step), ops.cast(moved, "float32")
+
+
+def kernel_divisor(wanted, fewest: float, move: str, count: int = 1):
+    """The even number D next to `wanted` with which all kernels round alike (see `snap_to_kernels`)."""
+    wanted = ops.clip(wanted, fewest, MOST_STEPS)
     even = 2.0 * ops.floor(0.5 * wanted)
     power = _next_power_of_two(even)
     below = ops.minimum(even, _highest_below(power))
-    if not upwards:
-        above = ops.where(below + 2.0 > _highest_below(power), power + 2.0, below + 2.0)
-        below = ops.where(wanted * wanted > below * above, above, below)
-    distance = 1.0 / below - 1.0 / _next_power_of_two(below)
-    hair = ops.maximum(0.5 * distance / 255.5, _SMALLEST_HAIR)
-    moved = ops.logical_and(step * fewest <= output_scale, step * _MOST_STEPS >= output_scale)
-    return ops.where(moved, output_scale * ((1.0 + hair) / below), step), ops.cast(moved, "float32")
+    below = ops.where(below < _lowest_above(power, count), _highest_below(0.5 * power), below)
+    if move == "up":
+        return below
+    octave = _next_power_of_two(below)
+    above = ops.where(below + 2.0 > _highest_below(octave), _lowest_above(2.0 * octave, count), below + 2.0)
+    if move == "down":
+        return ops.where(wanted > below, above, below)
+    return ops.where(wanted * wanted > below * above, above, below)
+
+
+def one_part_of(divisor):
+    """`(1 + e) / D` with the hair e that lifts ties above the half."""
+    distance = 1.0 / divisor - 1.0 / _next_power_of_two(divisor)
+    return (1.0 + ops.maximum(0.5 * distance / 255.5, _SMALLEST_HAIR)) / divisor
+
+
+def has_divisors(count: int) -> bool:
+    """Whether MEAN over so many values can round alike everywhere: there are enough of them, and a D in every octave."""
+    return count >= 16 and _share_of_octave(count) < 0.9
+
+
+def _share_of_octave(count: int) -> float:
+    """Where in the octave below a power of two (0.5 to 1) a divisor may begin."""
+    return count / 2.0 ** count.bit_length()
 
 
 def _next_power_of_two(x):
@@ -178,6 +209,14 @@ def _next_power_of_two(x):
 def _highest_below(power):
     """The highest even number that keeps its distance from a power of two."""
     return 2.0 * ops.floor(0.475 * power)
+
+
+def _lowest_above(power, count: int):
+    """The lowest even number in the octave that ends at `power`."""
+    share = _share_of_octave(count)
+    if share == 0.5:
+        return 0.5 * power + 2.0
+    return 2.0 * ops.ceil(0.51 * share * power)
 
 
 def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization):

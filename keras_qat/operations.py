@@ -5,6 +5,7 @@ To add an op, add a row here and a function to graph/emit.py that writes it. The
     own      the result gets a range of its own, observed in training
     same     values are only moved or chosen: the result shares its inputs' range and needs no rounding
     rounded  shares its input's range, but its values have to be rounded to that grid again (averages)
+    scaled   the same for a product with a constant
     fixed    TFLite prescribes the range
     clamp    relu and its like: fused into the op in front of it where that op can, one range behind it
     train    does something in training only, and is not in the file
@@ -14,9 +15,9 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from keras_qat import numerics
 from keras_qat.graph import emit
 from keras_qat.graph.walk import key_of
-from keras_qat.layers import ChannelScale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Row:
         fuses: The TFLite op takes a fused activation.
         limits: The prescribed range of a "fixed" row.
         refuses: `node -> (reason, way out)` for the configurations that TFLite cannot express, else None.
-        factors: `(node, scales of its inputs) -> (scales, constant)` whose product is the scale of the op's accumulator,
-            for an op whose range can be moved so that all kernels round alike (see `numerics.snap_to_kernels`).
+        factors: `(node, scales of its inputs) -> {"factors": scales, ...}`, whose product is the scale of the op's
+            accumulator, for an op whose range can be moved so that all kernels round alike (see `FakeQuant.call`).
     """
 
     op: str
@@ -93,15 +94,25 @@ def _slices(node):
 
 
 def _both_inputs(node, scales):
-    return scales, 1.0
+    return {"factors": scales}
 
 
-def _one_multiplier(node, scales):
-    """The input and the constant, whose integer is 127."""
-    layer = node.operation
-    if not isinstance(layer, ChannelScale) or not layer.is_one_number or layer.scalars[1] != 0:
-        return None
-    return scales[:1], max(abs(layer.scalars[0]), 1e-30) / 127
+def _mean_factors(node, scales):
+    count = emit.values_per_mean(node)
+    return {"factors": scales[:1], "constant": 1.0 / count, "count": count} if _is_mean(node) else None
+
+
+def _is_mean(node) -> bool:
+    return numerics.has_divisors(emit.values_per_mean(node))
+
+
+def _mean_range(node):
+    return "own" if _is_mean(node) else "rounded"
+
+
+def _global_average(call):
+    """MEAN where all kernels round it alike, else AVERAGE_POOL_2D on the grid of its input."""
+    emit.mean(call) if _is_mean(call.node) else emit.global_average_pool(call)
 
 
 def _concatenates(node):
@@ -159,7 +170,7 @@ _SOFTMAX = Row("SOFTMAX", "fixed", emit.softmax, limits=(0.0, 255 / 256), refuse
 _MAX_POOL = Row("MAX_POOL_2D", "same", emit.max_pool, **_POOL)
 _AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", emit.average_pool, **_POOL)
 _GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", emit.global_max_pool, **_POOL)
-_GLOBAL_AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", emit.global_average_pool, **_POOL)
+_GLOBAL_AVERAGE_POOL = Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, factors=_mean_factors, **_POOL)
 _PAD = Row("PAD", _pad_range, emit.pad, refuses=_pads)
 _UPSAMPLING = Row("RESIZE_*", _upsampling_range, emit.upsampling, refuses=_upsamples)
 _RESHAPE = Row("RESHAPE", emit=emit.reshape, **_MOVES)
@@ -173,9 +184,8 @@ OPERATIONS: dict[str, Row] = {
     "DepthwiseConv1D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_1d, (1, 2), True, refuses=_channels_last),
     "DepthwiseConv2D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_2d, (2, 3), True, refuses=_channels_last),
     "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", emit.conv_2d_transpose, (2,), True, refuses=_transposed),
-    "ChannelScale": Row(
-        "DEPTHWISE_CONV_2D / MUL / ADD", "own", emit.channel_scale, channels=(0,), fuses=True, factors=_one_multiplier
-    ),
+    "ChannelScale": Row("DEPTHWISE_CONV_2D / ADD", "own", emit.channel_scale, channels=(0,), fuses=True),
+    "Rescale": Row("MUL", lambda node: "scaled" if node.operation.same_grid else "own", emit.rescale, fuses=True),
     "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", refuses=_batch_norm),
     # arithmetic
     "ops.Add": Row("ADD", "own", emit.add, fuses=True, refuses=_two_tensors),
@@ -187,8 +197,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Relu": Row("RELU", "clamp", emit.relu),
     "ops.Relu6": Row("RELU6", "clamp", emit.relu6),
     "ops.ReLU": Row("RELU", "clamp", emit.relu, refuses=_relu_with_options),
-    "ops.LeakyRelu": Row("LEAKY_RELU", "own", emit.leaky_relu),
-    "ops.HardSilu": Row("HARD_SWISH", "own", emit.hard_swish),
+    "HardSwish": Row("HARD_SWISH", "own", emit.hard_swish),
     "ops.Sigmoid": _SIGMOID,
     "ops.Tanh": _TANH,
     "ops.Softmax": _SOFTMAX,

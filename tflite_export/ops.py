@@ -119,6 +119,7 @@ BUILTINS: dict[str, Builtin] = {
     "MAX_POOL_2D": Builtin("Pool2DOptions", int8=2, int16=3),
     "MAXIMUM": Builtin("MaximumMinimumOptions", version=_binary(3)),
     "MINIMUM": Builtin("MaximumMinimumOptions", version=_binary(3)),
+    "MEAN": Builtin("ReducerOptions", int8=2, int16=3),
     "MUL": Builtin("MulOptions", version=_mul),
     "PACK": Builtin("PackOptions", int8=2, int16=3),
     "PAD": Builtin("PadOptions", version=_by_rank(4)),

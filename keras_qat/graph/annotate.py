@@ -6,12 +6,14 @@ import keras
 from keras import tree
 
 from keras_qat.graph.walk import Copies, fresh_inputs, nodes_of, producers_of, rebuild
-from keras_qat.layers import FakeQuant, Quantized
+from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.quantizers import Fixed, MovingAverage
 from tflite_export.program import unique_name
 
 Limits = tuple[float, float]
+
+_SHARING = ("same", "rounded", "scaled")  # kinds of operations whose result is on the grid of their inputs
 
 
 @dataclasses.dataclass
@@ -20,7 +22,7 @@ class Site:
 
     Args:
         name: Of the operation behind which it stands.
-        kind: "observed", "fixed", or "rounded" (on the grid of its group, without a say in it).
+        kind: "observed", "fixed", or "rounded" or "scaled" (on the grid of its group, without a say in it).
         limits: The range, if it is fixed.
         nonnegative: Its values are known to be ≥ 0.
         is_output: It is an output of the model.
@@ -44,7 +46,7 @@ class Plan:
     Args:
         kinds: Node id → its row's range kind.
         sites: Tensor id → the site behind it.
-        moved: Tensor id → a second site: a fixed range that joins a group of another grid by a QUANTIZE.
+        moved: Tensor id → a second site: a fixed range that joins a group of another grid.
         fused: Ids of the nodes whose activation is fused into the op in front.
         behind: Tensor id → the site of the activation that is fused behind it.
         groups: The sites of each group.
@@ -136,7 +138,7 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         result.sites[id(place)] = Site(name, "fixed" if limits else "observed", limits)
     for node in flow.nodes:
         kind, output = flow.kinds[id(node)], id(node.outputs[0])
-        if kind in ("same", "rounded"):
+        if kind in _SHARING:
             for source in flow.sources(node):
                 groups.join(source, output)
         if kind not in ("same", "train"):
@@ -161,7 +163,7 @@ def _site(node, kind: str) -> Site:
         if highest:
             return Site(node.operation.name, "fixed", (0.0, float(highest)))
         return Site(node.operation.name, nonnegative=True)
-    return Site(node.operation.name, {"fixed": "fixed", "rounded": "rounded"}.get(kind, "observed"), row.limits)
+    return Site(node.operation.name, kind if kind in ("fixed", "rounded", "scaled") else "observed", row.limits)
 
 
 def _form_groups(result: Plan, leader_of, root) -> None:
@@ -175,7 +177,7 @@ def _form_groups(result: Plan, leader_of, root) -> None:
         members.setdefault(leader_of(key), []).append(key)
     for keys in members.values():
         sites = [result.sites[key] for key in keys]
-        finding = [site for site in sites if site.kind != "rounded"]
+        finding = _finding(sites)
         if len({site.limits for site in finding}) > 1:
             for key in keys:
                 site = result.sites[key]
@@ -187,8 +189,13 @@ def _form_groups(result: Plan, leader_of, root) -> None:
         _add_group(result, sites)
 
 
+def _finding(sites: list[Site]) -> list[Site]:
+    """Those that have a say in the group's range."""
+    return [site for site in sites if site.kind in ("observed", "fixed")]
+
+
 def _add_group(result: Plan, sites: list[Site]) -> None:
-    finding = [site for site in sites if site.kind != "rounded"]
+    finding = _finding(sites)
     for site in sites:
         site.group = len(result.groups)
         site.index = next((index for index, found in enumerate(finding) if found is site), 0)
@@ -197,63 +204,80 @@ def _add_group(result: Plan, sites: list[Site]) -> None:
 
 def annotate(model: keras.Model, decided: Plan) -> keras.Model:
     """Puts a FakeQuant where the plan has a site: fused model → QAT model."""
-    fake_quants = _fake_quants(decided.groups)
-    copies, wrappers = Copies(), {}
-    scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid, a tensor too
-    seconds: dict[int, object] = {}  # id of an old tensor → its value on the grid of its second site
+    return _Annotator(decided).rebuilt(model)
 
-    factors_of: dict[int, tuple] = {}  # group → the scales of the factors its tensor is a product of
 
-    def on_grid(tensor, site: Site):
-        options = {"observe": False, "rounding": "away"} if site.kind == "rounded" else {}
-        if site.group in factors_of:
-            options["factors"], options["constant"] = factors_of[site.group]
-        value, scale_of_value = fake_quants[site.group](tensor, site=site.index, **options)
-        scale_of[id(value)] = scale_of_value
+class _Annotator:
+    """Rebuilds a model with FakeQuants. Scales are tensors of the graph too: grid layers take them as arguments."""
+
+    def __init__(self, decided: Plan):
+        self.plan = decided
+        self.fake_quants = _fake_quants(decided.groups)
+        self.copies, self.wrappers = Copies(), {}
+        self.scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid
+        self.seconds: dict[int, object] = {}  # id of an old tensor → its value on the grid of its second site
+        self.products: dict[int, dict] = {}  # group → what its tensor is a product of
+
+    def rebuilt(self, model: keras.Model) -> keras.Model:
+        inputs = fresh_inputs(model)
+        begun = [self._behind(old, new) for old, new in zip(model.inputs, tree.flatten(inputs), strict=True)]
+        return keras.Model(inputs, rebuild(model, self._visit, begun), name=model.name)
+
+    def _visit(self, node, args, kwargs):
+        args, kwargs = self._moved(node, args, kwargs)
+        sources = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
+        scales = [self.scale_of.get(id(x)) for x in sources]
+        site = self.plan.behind.get(id(node.outputs[0])) or self.plan.sites.get(id(node.outputs[0]))
+        product = row_of_node(node).factors(node, scales)
+        if product is not None and [s.kind for s in self.plan.groups[site.group]].count("observed") == 1:
+            self.products[site.group] = product
+        if isinstance(node.operation, GridLayer):
+            result = self._layer(node.operation)(args[0], scales[0], self._scale_at(site, args[0]), **kwargs)
+        else:
+            result = self.copies[node.operation](*args, **kwargs)
+        self.scale_of[id(result)] = scales[0]
+        return self._behind(node.outputs[0], result)
+
+    def _layer(self, operation):
+        if not isinstance(operation, Quantized):
+            return self.copies[operation]
+        return self.wrappers.setdefault(id(operation), operation.rewrapped())
+
+    def _scale_at(self, site: Site, x):
+        """The scale of a site's grid, before its tensor is there."""
+        return self.fake_quants[site.group](x, site=site.index, peek=True)[1]
+
+    def _behind(self, old, new):
+        """The new tensor, on its grid if the plan wants one there."""
+        site = self.plan.sites.get(id(old))
+        return new if site is None else self._on_grid(new, site)
+
+    def _on_grid(self, tensor, site: Site):
+        options = {"rounded": {"observe": False, "rounding": "away"}, "scaled": {"observe": False}}.get(site.kind, {})
+        options = {**options, **self.products.get(site.group, {})}
+        value, scale = self.fake_quants[site.group](tensor, site=site.index, **options)
+        self.scale_of[id(value)] = scale
         return value
 
-    def behind(old, new):
-        """The new tensor, on its grid if the plan wants one there."""
-        site = decided.sites.get(id(old))
-        return new if site is None else on_grid(new, site)
-
-    def moved(node, args, kwargs):
-        """The arguments, those of another grid requantized to that of the node's group."""
-        if decided.kinds[id(node)] not in ("same", "rounded"):
+    def _moved(self, node, args, kwargs):
+        """The arguments, those of another grid brought to that of the node's group."""
+        if self.plan.kinds[id(node)] not in _SHARING:
             return args, kwargs
         olds = iter(node.input_tensors)
 
         def move(value):
-            if not isinstance(value, keras.KerasTensor):
-                return value
-            old = next(olds)
-            if id(old) not in decided.moved:
-                return value
-            if id(old) not in seconds:
-                seconds[id(old)] = on_grid(value, decided.moved[id(old)])
-            return seconds[id(old)]
+            return self._second(next(olds), value) if isinstance(value, keras.KerasTensor) else value
 
         return tree.map_structure(move, (args, kwargs))
 
-    def visit(node, args, kwargs):
-        args, kwargs = moved(node, args, kwargs)
-        scale = scale_of.get(id(tree.flatten(args)[0]))
-        product = row_of_node(node).factors(node, [scale_of.get(id(x)) for x in tree.flatten(args)])
-        site = decided.behind.get(id(node.outputs[0])) or decided.sites.get(id(node.outputs[0]))
-        if product is not None and [s.kind for s in decided.groups[site.group]].count("observed") == 1:
-            factors_of[site.group] = product
-        if isinstance(node.operation, Quantized):
-            wrapper = wrappers.setdefault(id(node.operation), node.operation.rewrapped())
-            _, output_scale = fake_quants[site.group](args[0], site=site.index, peek=True)
-            result = wrapper(args[0], scale, output_scale, **kwargs)
-        else:
-            result = copies[node.operation](*args, **kwargs)
-        scale_of[id(result)] = scale
-        return behind(node.outputs[0], result)
-
-    inputs = fresh_inputs(model)
-    begun = [behind(old, new) for old, new in zip(model.inputs, tree.flatten(inputs), strict=True)]
-    return keras.Model(inputs, rebuild(model, visit, begun), name=model.name)
+    def _second(self, old, value):
+        site = self.plan.moved.get(id(old))
+        if site is None:
+            return value
+        if id(old) not in self.seconds:
+            scaled = Rescale(name=site.name)(value, self.scale_of[id(value)], self._scale_at(site, value))
+            self.seconds[id(old)] = self._on_grid(scaled, site)
+        return self.seconds[id(old)]
 
 
 def _fake_quants(groups: list[list[Site]]) -> list[FakeQuant]:
@@ -267,7 +291,7 @@ def _fake_quants(groups: list[list[Site]]) -> list[FakeQuant]:
 
 
 def _fake_quant(sites: list[Site]) -> FakeQuant:
-    finding = [site for site in sites if site.kind != "rounded"]
+    finding = _finding(sites)
     first = finding[0]
     if first.kind == "fixed":
         quantizer = Fixed(*first.limits, name="range")

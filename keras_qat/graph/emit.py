@@ -5,6 +5,7 @@ behind it. What an op has to move around itself (a 1D convolution is a 2D one be
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -30,7 +31,7 @@ class Call:
         inputs: Names of the integer tensors it reads.
         output: Name of the tensor it writes.
         activation: None, "RELU" or "RELU6", fused.
-        weights: The `IntegerWeights` of a `Quantized`.
+        weights: The `IntegerWeights` of a `Quantized`, or what `Rescale.constant` returned.
     """
 
     program: Program
@@ -211,10 +212,10 @@ def _output_shape(call: Call) -> str:
 
 
 def channel_scale(call: Call) -> None:
-    """One number for all channels is a MUL or an ADD; anything else a depthwise convolution over single pixels."""
+    """One number added to all channels is an ADD; anything else a depthwise convolution over single pixels."""
     if call.weights is None:
-        multiplier, offset = call.operation.scalars
-        return _with_scalar(call, "MUL", multiplier) if offset == 0 else _with_scalar(call, "ADD", offset)
+        offset = call.operation.scalars[1]
+        return _with_scalar(call, "ADD", np.sign(offset) * 127, max(abs(offset), 1e-30) / 127)
     image = call.as_image(call.inputs[0])
     constants = _weights_and_bias(call, _kernel(call).reshape(1, 1, 1, -1), 3, image)
     result = call.image_output(call.shape(image))
@@ -233,8 +234,13 @@ def channel_scale(call: Call) -> None:
     call.from_image(result)
 
 
-def _with_scalar(call: Call, kind: str, value: float) -> None:
-    scalar = call.constant("constant", np.sign(value) * 127, "int8", scale=(max(abs(value), 1e-30) / 127,))
+def rescale(call: Call) -> None:
+    integer, scale, _ = call.weights
+    _with_scalar(call, "MUL", integer, scale)
+
+
+def _with_scalar(call: Call, kind: str, integer, scale) -> None:
+    scalar = call.constant("constant", integer, "int8", scale=(float(scale),))
     call.op(kind, [call.inputs[0], scalar], call.output, **call.fused())
 
 
@@ -268,14 +274,6 @@ def relu6(call: Call) -> None:
     grid = {"scale": result.scale, "zero_point": result.zero_point}
     call.op("RELU", call.inputs, unclipped)
     call.op("MINIMUM", [unclipped, call.constant("six", result.quantize(6.0), "int8", **grid)], call.output)
-
-
-def leaky_relu(call: Call) -> None:
-    call.op("LEAKY_RELU", call.inputs, call.output, alpha=float(call.operation.negative_slope))
-
-
-def quantize(call: Call) -> None:
-    call.op("QUANTIZE", call.inputs, call.output)
 
 
 # --- pooling ---------------------------------------------------------------------------------------------------------
@@ -312,17 +310,30 @@ def _keras_pool(kind: str):
 max_pool, average_pool = _keras_pool("MAX_POOL_2D"), _keras_pool("AVERAGE_POOL_2D")
 
 
-def global_average_pool(call: Call) -> None:
-    """AVERAGE_POOL_2D over everything: unlike MEAN it rounds the same way on every runtime."""
-    shape = call.shape(call.inputs[0])
-    window = (1, shape[1]) if len(shape) == 3 else shape[1:3]
-    _pool(call, "AVERAGE_POOL_2D", window, window, "valid")
+def values_per_mean(node) -> int:
+    """How many values a global average is over."""
+    return math.prod(node.input_tensors[0].shape[1:-1])
+
+
+def mean(call: Call) -> None:
+    _reduce(call, "MEAN")
 
 
 def global_max_pool(call: Call) -> None:
+    _reduce(call, "REDUCE_MAX")
+
+
+def _reduce(call: Call, kind: str) -> None:
     axes = list(range(1, len(call.shape(call.inputs[0])) - 1))
-    keep = len(call.shape(call.output)) > 2
-    call.op("REDUCE_MAX", [call.inputs[0], call.constant("axes", axes, "int32")], call.output, keepDims=keep)
+    keep = len(call.shape(call.output)) == len(call.shape(call.inputs[0]))
+    call.op(kind, [call.inputs[0], call.constant("axes", axes, "int32")], call.output, keepDims=keep)
+
+
+def global_average_pool(call: Call) -> None:
+    """AVERAGE_POOL_2D over everything: where MEAN rounds differently on the runtimes."""
+    shape = call.shape(call.inputs[0])
+    window = (1, shape[1]) if len(shape) == 3 else shape[1:3]
+    _pool(call, "AVERAGE_POOL_2D", window, window, "valid")
 
 
 # --- shape -----------------------------------------------------------------------------------------------------------

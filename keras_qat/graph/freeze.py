@@ -9,7 +9,7 @@ from keras_qat.graph import emit
 from keras_qat.graph.annotate import row_of_node
 from keras_qat.graph.emit import Call
 from keras_qat.graph.walk import input_names, nodes_of
-from keras_qat.layers import FakeQuant, Quantized, require_qat
+from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
 from tflite_export import Program, Tensor, with_io_types
 from tflite_export.optimize import optimize
 from tflite_export.program import unique_name
@@ -80,7 +80,7 @@ class _Freezer:
     def __init__(self, program: Program):
         self.program = program
         self.values: dict[int, object] = {}
-        self.factors: dict[FakeQuant, tuple] = {}
+        self.products: dict[FakeQuant, dict] = {}
 
     def begin(self, tensor) -> None:
         self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name)
@@ -110,28 +110,25 @@ class _Freezer:
 
     def _on_grid(self, node) -> None:
         """A FakeQuant: whatever is pending in front of it is written to a tensor of its grid."""
-        scale, zero_point = node.operation.parameters(*self._factors(node))
+        scale, zero_point = node.operation.parameters(**self._product(node))
         value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
-        name = value.name if isinstance(value, _Pending) else f"{value}/requantized"
         shape = (1, *like.shape[1:])
-        tensor = self.program.add(Tensor(name, shape, "int8", scale=(float(scale),), zero_point=zero_point))
-        if not isinstance(value, _Pending):
-            emit.quantize(Call(self.program, None, node, [value], tensor))
-        elif value.node is None:
+        tensor = self.program.add(Tensor(value.name, shape, "int8", scale=(float(scale),), zero_point=zero_point))
+        if value.node is None:
             self.program.inputs[value.name] = tensor
         else:
             self._emit(value.node, value.inputs, tensor, value.activation)
         self.values[id(node.outputs[0])] = tensor
 
-    def _factors(self, node):
-        """The scales of the factors of a product (see `FakeQuant.call`), read off the tensors already written."""
+    def _product(self, node) -> dict:
+        """What a tensor is a product of (see `FakeQuant.call`), the scales read off the tensors already written."""
         if "factors" not in node.arguments.kwargs:
-            return ()
-        if node.operation not in self.factors:
+            return {}
+        if node.operation not in self.products:
             product = self.values[id(node.input_tensors[0])]
             scales = [self.program.tensors[name].scale[0] for name in product.inputs]
-            self.factors[node.operation] = row_of_node(product.node).factors(product.node, scales)
-        return self.factors[node.operation]
+            self.products[node.operation] = row_of_node(product.node).factors(product.node, scales)
+        return self.products[node.operation]
 
     def _like_input(self, node, sources: list[str]) -> str:
         """An operation that only moves values: its result is on the grid of its input."""
@@ -144,16 +141,19 @@ class _Freezer:
 
     def _emit(self, node, inputs, output, activation) -> None:
         operation, weights = node.operation, None
+        scales = [
+            keras.ops.convert_to_tensor(self.program.tensors[name].scale[0], "float32") for name in (inputs[0], output)
+        ]
         if isinstance(operation, Quantized):
-            scales = [self.program.tensors[name].scale[0] for name in (inputs[0], output)]
-            weights = operation.integers(*(keras.ops.convert_to_tensor(scale, "float32") for scale in scales))
-            operation = operation.layer
+            weights, operation = operation.integers(*scales), operation.layer
+        elif isinstance(operation, Rescale):
+            weights = operation.constant(*scales)
         row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights))
 
 
 def _data_inputs(node):
-    """A quantized layer's second input is the scale of its first."""
-    return node.input_tensors[:1] if isinstance(node.operation, Quantized) else node.input_tensors
+    """The further inputs of a grid layer are the scales."""
+    return node.input_tensors[:1] if isinstance(node.operation, GridLayer) else node.input_tensors
 
 
 def taps(qat: keras.Model) -> tuple[list[str], keras.Model]:
@@ -161,11 +161,6 @@ def taps(qat: keras.Model) -> tuple[list[str], keras.Model]:
     found: dict[str, object] = {}
     for node in nodes_of(qat):
         if isinstance(node.operation, FakeQuant) and not node.arguments.kwargs.get("peek"):
-            found[unique_name(_tensor_name(node), found)] = node.outputs[0]
+            found[unique_name(node.input_tensors[0]._keras_history.operation.name, found)] = node.outputs[0]
     inputs = tree.map_structure(lambda x: x, qat._inputs_struct)
     return list(found), keras.Model(inputs, list(found.values()))
-
-
-def _tensor_name(node) -> str:
-    before = node.input_tensors[0]._keras_history.operation
-    return f"{before.sites[0]}/requantized" if isinstance(before, FakeQuant) else before.name

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_qat.graph.walk import Copies, calls_of, key_of, nodes_of, producers_of, readers_of, rewrite
-from keras_qat.layers import ChannelScale, Quantized
+from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.spec import Rules
 
@@ -133,6 +133,8 @@ def _wrap_weights(model, rules, input_scalings):
         operation = node.operation
         if id(operation) in folded:
             return args[0]
+        if key_of(operation) == "ChannelScale" and operation.is_one_number and operation.scalars[1] == 0:
+            return Rescale(operation.scalars[0], name=operation.name)(args[0])
         if not _has_weights(operation):
             return copies[operation](*args, **kwargs)
         norm_node = norm_of.get(id(operation))
@@ -149,7 +151,7 @@ def _wrap_weights(model, rules, input_scalings):
 def _has_weights(operation) -> bool:
     row = row_of(operation)
     if isinstance(operation, ChannelScale) and operation.is_one_number:
-        return False  # a MUL or an ADD
+        return False  # an ADD
     return row is not None and (bool(row.channels) or key_of(operation) == "BatchNormalization")
 
 

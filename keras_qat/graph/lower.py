@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_qat.graph.walk import clone, key_of
-from keras_qat.layers import ChannelScale
+from keras_qat.layers import ChannelScale, HardSwish, Rescale
 
 
 def lowering_of(operation, args, kwargs):
@@ -107,8 +107,23 @@ def _relu(operation, args, kwargs):
     if threshold != 0 or (slope != 0 and highest is not None):
         return None
     if slope != 0:
-        return lambda x: ops.leaky_relu(x, negative_slope=float(slope))
+        return _sloped(float(slope))
     return {None: ops.relu, 6: ops.relu6}.get(highest)
+
+
+def _leaky_relu(operation, args, kwargs):
+    return _sloped(float(operation.negative_slope))
+
+
+def _sloped(slope: float):
+    """The larger of x and slope · x. LEAKY_RELU itself rounds differently on every runtime."""
+    choose = ops.maximum if slope <= 1 else ops.minimum
+    scaled = Rescale(slope, same_grid=True, name="slope")
+    return lambda x: choose(x, scaled(x))
+
+
+def _hard_swish(operation, args, kwargs):
+    return HardSwish(name=operation.name)
 
 
 def _silu(operation, args, kwargs):
@@ -150,6 +165,8 @@ _RULES = {
     "Normalization": _normalization,
     "ReLU": _relu,
     "ops.ReLU": _relu,
+    "ops.LeakyRelu": _leaky_relu,
+    "ops.HardSilu": _hard_swish,
     "ops.Silu": _silu,
     "ops.HardSigmoid": _hard_sigmoid,
     "ops.Add": _arithmetic_with_constant,
