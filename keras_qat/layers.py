@@ -52,14 +52,26 @@ class FakeQuant(keras.layers.Layer):
         if not self.quantizer.built:
             self.quantizer.build(input_shape)
 
-    def call(self, x, site=0, observe=True, rounding="half_up", peek=False, factors=None, constant=1.0, count=1, training=None):
+    def call(
+        self,
+        x,
+        site=0,
+        observe=True,
+        rounding="half_up",
+        peek=False,
+        factors=None,
+        constant=1.0,
+        count=1,
+        training=None,
+    ):
         """Rounds `x` to the grid.
 
         Args:
             x: The tensor.
             site: Its number among those that share the range.
             observe: Whether it has a say in the range, while training.
-            rounding: "half_up", or "away" (see `numerics.away_from_zero`).
+            rounding: "half_up", "away" (see `numerics.away_from_zero`), or "precise" for values of the outside world
+                (see `numerics.fake_quant`).
             peek: Leave `x` alone and just tell the scale, before the tensor itself is there.
             factors: The scales of the tensors that the group's tensor is a product of; its range is then moved to where
                 all kernels round products alike.
@@ -88,7 +100,8 @@ class FakeQuant(keras.layers.Layer):
         if rounding == "away":
             x = numerics.away_from_zero(x, low, high, self.spec)
         nonnegative = self.quantizer.observes and self.quantizer.nonnegative[site]
-        return numerics.fake_quant(x, low, high, self.spec, nonnegative), scale
+        precise = rounding == "precise" and not training
+        return numerics.fake_quant(x, low, high, self.spec, nonnegative, precise), scale
 
     def _snapped(self, low, high, factors, constant, count):
         """The range made a little wider for the kernels, and the quarter of a step that decides ties (see `Quantized`)."""

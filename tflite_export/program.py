@@ -41,18 +41,14 @@ class Tensor:
         return self.data is not None
 
     def quantize(self, values: np.ndarray) -> np.ndarray:
-        """Real values → this tensor's integers, rounded half up from the lowest one on.
-
-        Step by step what TensorFlow's fake quantization does in float32, so that real inputs land on the integers that
-        training gave them.
-        """
+        """Real values → this tensor's integers, rounded half up from the lowest one on (computed in float64)."""
         if not self.scale:
             return np.asarray(values).astype(self.dtype)
         low, high = _INTEGER_RANGES[self.dtype]
-        scale = np.float32(self.scale[0])
-        lowest, highest = (np.float32(bound - self.zero_point) * scale for bound in (low, high))
-        clipped = np.clip(np.asarray(values, np.float32), lowest, highest)
-        return (np.floor((clipped - lowest) / scale + np.float32(0.5)) + low).astype(self.dtype)
+        scale = np.float64(np.float32(self.scale[0]))
+        lowest, highest = ((bound - self.zero_point) * scale for bound in (low, high))
+        clipped = np.clip(np.asarray(values, np.float32).astype(np.float64), lowest, highest)
+        return (np.floor((clipped - lowest) / scale + 0.5) + low).astype(self.dtype)
 
     def dequantize(self, integers: np.ndarray) -> np.ndarray:
         """This tensor's integers → real values."""

@@ -220,6 +220,7 @@ class _Annotator:
 
     def rebuilt(self, model: keras.Model) -> keras.Model:
         inputs = fresh_inputs(model)
+        self.inputs = {id(tensor) for tensor in tree.flatten(inputs)}
         begun = [self._behind(old, new) for old, new in zip(model.inputs, tree.flatten(inputs), strict=True)]
         return keras.Model(inputs, rebuild(model, self._visit, begun), name=model.name)
 
@@ -254,6 +255,8 @@ class _Annotator:
 
     def _on_grid(self, tensor, site: Site):
         options = {"rounded": {"observe": False, "rounding": "away"}, "scaled": {"observe": False}}.get(site.kind, {})
+        if id(tensor) in self.inputs:
+            options["rounding"] = "precise"
         options = {**options, **self.products.get(site.group, {})}
         value, scale = self.fake_quants[site.group](tensor, site=site.index, **options)
         self.scale_of[id(value)] = scale

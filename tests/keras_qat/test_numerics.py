@@ -314,7 +314,9 @@ def test_kernels_round_snapped_steps_alike(output_scale, upwards, fewest, wanted
     assert np.all(moved == 1)
     found = disagreements(snapped, input_scale, output_scale)
     # Next to a power of two float32 leaves the largest of values too little room: less than one in ten thousand.
-    assert sum(found) <= 1e-4 * np.sum(511 * output_scale / snapped), dict(zip(output_scale / steps, found, strict=True))
+    assert sum(found) <= 1e-4 * np.sum(511 * output_scale / snapped), dict(
+        zip(output_scale / steps, found, strict=True)
+    )
     # The steps as they were: most of them are rounded differently somewhere.
     assert np.mean(np.array(disagreements(steps, input_scale, output_scale)) > 0) > 0.5
 
