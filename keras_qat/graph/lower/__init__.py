@@ -1,0 +1,19 @@
+"""What TFLite has no single integer op for, written as what it has.
+
+One rule per operation: it looks at the operation (and its arguments) and returns a callable on symbolic tensors that
+does the same with primitive layers and keras.ops, or None to leave it alone. Trace opens the result like any layer, so a
+rule may use whatever has a rule of its own. Each file here has the rules of one family in a dict `RULES`.
+"""
+
+from keras_qat.graph.lower import activations, arithmetic, attention, convolutions, norms, recurrent, scalings, shapes
+from keras_qat.graph.walk import key_of
+
+RULES = {}
+for _family in (activations, arithmetic, attention, convolutions, norms, recurrent, scalings, shapes):
+    RULES.update(_family.RULES)
+
+
+def lowering_of(operation, args, kwargs):
+    """The rule's answer for this operation, or None."""
+    rule = RULES.get(key_of(operation))
+    return None if rule is None else rule(operation, args, kwargs)

@@ -1,0 +1,81 @@
+"""Activation functions."""
+
+import keras
+from keras import ops
+
+from keras_qat.graph.walk import clone
+from keras_qat.layers import HardSwish, Rescale
+
+
+def _split_activation(layer, args, kwargs):
+    """`activation=` becomes an operation of its own; freeze fuses it again where TFLite can."""
+    if layer.activation is keras.activations.linear:
+        return None
+    activation = symbolic(layer.activation)
+    linear = _linear_copy(layer)
+    return lambda x: activation(linear(x))
+
+
+def _activation(layer, args, kwargs):
+    return symbolic(layer.activation)
+
+
+def symbolic(activation):
+    """Keras's activation functions as operations of keras.ops: a few of them only take numbers, not symbolic tensors."""
+    name = getattr(activation, "__name__", "")
+    is_keras = getattr(keras.activations, name, None) is activation
+    return getattr(ops, name) if is_keras and name in ("hard_silu",) else activation
+
+
+def _linear_copy(layer):
+    activation, layer.activation = layer.activation, keras.activations.linear
+    try:
+        return clone(layer)
+    finally:
+        layer.activation = activation
+
+
+def _relu(operation, args, kwargs):
+    """relu with a slope, without a maximum, or with a maximum of 6 as the plain operation of that name."""
+    slope, highest, threshold = operation.negative_slope, operation.max_value, operation.threshold
+    if threshold != 0 or (slope != 0 and highest is not None):
+        return None
+    if slope != 0:
+        return _sloped(float(slope))
+    return {None: ops.relu, 6: ops.relu6}.get(highest)
+
+
+def _leaky_relu(operation, args, kwargs):
+    return _sloped(float(operation.negative_slope))
+
+
+def _sloped(slope: float):
+    """The larger of x and slope · x. LEAKY_RELU itself rounds differently on every runtime."""
+    choose = ops.maximum if slope <= 1 else ops.minimum
+    scaled = Rescale(slope, same_grid=True, name="slope")
+    return lambda x: choose(x, scaled(x))
+
+
+def _hard_swish(operation, args, kwargs):
+    return HardSwish(name=operation.name)
+
+
+def _silu(operation, args, kwargs):
+    return lambda x: ops.multiply(x, ops.sigmoid(x))
+
+
+def _hard_sigmoid(operation, args, kwargs):
+    return lambda x: ops.multiply(ops.relu6(ops.add(x, 3.0)), 1.0 / 6.0)
+
+
+_WITH_ACTIVATION = ("Dense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D", "Conv2DTranspose")
+RULES = {
+    **dict.fromkeys(_WITH_ACTIVATION, _split_activation),
+    "Activation": _activation,
+    "ReLU": _relu,
+    "ops.ReLU": _relu,
+    "ops.LeakyRelu": _leaky_relu,
+    "ops.HardSilu": _hard_swish,
+    "ops.Silu": _silu,
+    "ops.HardSigmoid": _hard_sigmoid,
+}

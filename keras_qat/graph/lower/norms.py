@@ -1,0 +1,3 @@
+"""Normalizations that look at each sample."""
+
+RULES = {}

@@ -1,0 +1,3 @@
+"""Recurrent layers, unrolled over their fixed number of steps."""
+
+RULES = {}

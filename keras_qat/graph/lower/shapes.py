@@ -1,0 +1,3 @@
+"""Moving, cutting and joining."""
+
+RULES = {}
