@@ -139,17 +139,19 @@ class ChannelScale(keras.layers.Layer):
     Args:
         kernel: The multipliers, a number or a list with one per channel. `None`: ones.
         bias: The same for the offsets. `None`: zeros.
+        trainable: Whether these numbers are learned, as those of a layer normalization are.
     """
 
-    def __init__(self, kernel=None, bias=None, **kwargs):
-        super().__init__(**{**kwargs, "trainable": False, "dtype": "float32"})
+    def __init__(self, kernel=None, bias=None, trainable=False, **kwargs):
+        super().__init__(**{**kwargs, "trainable": trainable, "dtype": "float32"})
+        self.learns = trainable
         self.factors, self.offsets = _compact(kernel, 1.0), _compact(bias, 0.0)
-        self.use_bias = bool(np.any(self.offsets != 0))
+        self.use_bias = bool(np.any(self.offsets != 0)) or (trainable and bias is not None)
 
     @property
     def scalars(self) -> tuple[float, float] | None:
-        """The multiplier and the offset where each is the same for all channels, else None."""
-        both_scalar = self.factors.size == self.offsets.size == 1
+        """The multiplier and the offset where each is fixed and the same for all channels, else None."""
+        both_scalar = self.factors.size == self.offsets.size == 1 and not self.learns
         return (float(self.factors[0]), float(self.offsets[0])) if both_scalar else None
 
     @property
@@ -160,11 +162,11 @@ class ChannelScale(keras.layers.Layer):
     def build(self, input_shape):
         channels = (int(input_shape[-1]),)
         self.kernel = self.add_weight(
-            name="kernel", shape=channels, initializer=_constant(self.factors), trainable=False
+            name="kernel", shape=channels, initializer=_constant(self.factors), trainable=self.learns
         )
         if self.use_bias:
             self.bias = self.add_weight(
-                name="bias", shape=channels, initializer=_constant(self.offsets), trainable=False
+                name="bias", shape=channels, initializer=_constant(self.offsets), trainable=self.learns
             )
 
     def call(self, x):
@@ -177,8 +179,9 @@ class ChannelScale(keras.layers.Layer):
     def get_config(self):
         lists = {"kernel": self.factors, "bias": self.offsets}
         return {
-            **{key: value for key, value in super().get_config().items() if key != "trainable"},
+            **super().get_config(),
             **{key: value.tolist() for key, value in lists.items()},
+            "trainable": self.learns,
         }
 
 

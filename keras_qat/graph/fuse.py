@@ -27,7 +27,9 @@ def _merge_scalings(model):
     readers, producers, calls, copies = readers_of(model), producers_of(model), calls_of(model), Copies()
 
     def is_scaling(node):
-        return node is not None and key_of(node.operation) == "ChannelScale" and calls[id(node.operation)] == 1
+        if node is None or key_of(node.operation) != "ChannelScale" or node.operation.learns:
+            return False
+        return calls[id(node.operation)] == 1
 
     def goes_on(node):
         """Whether the node's only reader is a scaling too."""
