@@ -9,14 +9,20 @@ To add an op, add a row here and a function to graph/emit.py that writes it. The
     fixed    TFLite prescribes the range
     clamp    relu and its like: fused into the op in front of it where that op can, one range behind it
     train    does something in training only, and is not in the file
+    index    whole numbers that count something (the winner of an argmax), not values on a grid
+    constant a tensor that comes from no input, on a range of its own
+    look-up  a function of single numbers; `graph/lookups.py` makes a `Pointwise` of it, with a range of its own
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
 
+import keras
+
 from keras_qat import numerics
 from keras_qat.graph import emit
+from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS
 from keras_qat.graph.walk import key_of
 
 
@@ -34,6 +40,7 @@ class Row:
         refuses: `node -> (reason, way out)` for the configurations that TFLite cannot express, else None.
         factors: `(node, scales of its inputs) -> {"factors": scales, ...}`, whose product is the scale of the op's
             accumulator, for an op whose range can be moved so that all kernels round alike (see `FakeQuant.call`).
+        activation: What a "clamp" is as the fused activation of the op in front of it; None where the grid does it all.
     """
 
     op: str
@@ -44,6 +51,7 @@ class Row:
     limits: tuple[float, float] | None = None
     refuses: Callable | None = None
     factors: Callable = lambda node, scales: None
+    activation: str | None = None
 
     def range_kind(self, node) -> str:
         return self.range(node) if callable(self.range) else self.range
@@ -110,6 +118,58 @@ def _mean_range(node):
     return "own" if _is_mean(node) else "rounded"
 
 
+def _reduces(node):
+    axes, rank = emit.reduced_axes(node), len(node.input_tensors[0].shape)
+    return ("It reduces the batch axis.", f"Name the axes: axis={tuple(range(1, rank))}.") if 0 in axes else None
+
+
+def _matmuls(node):
+    if len(node.input_tensors) != 2:
+        return "It multiplies a constant matrix from the left.", "Write it as x @ w, with the constant on the right."
+    if not 3 <= max(len(x.shape) for x in node.input_tensors) <= 5:
+        return "BATCH_MATMUL takes 3 to 5 axes, the batch included.", "Reshape the tensors."
+    return None
+
+
+def _takes(node):
+    axis, rank = node.operation.axis, len(node.input_tensors[0].shape)
+    if axis is None or (len(node.input_tensors) == 1 and axis % rank == 0):
+        return "It takes from the batch axis.", "Name another axis."
+    return None
+
+
+def _selects(node):
+    if isinstance(node.arguments.args[0], keras.KerasTensor) or len(node.input_tensors) != 2:
+        return (
+            "Its mask depends on the data.",
+            "Use a constant mask and two tensors, or multiply by a mask of 0 and 1; a function of one tensor can be "
+            "looked up.",
+        )
+    return None
+
+
+def _one_tensor(node):
+    tensors = {id(tensor) for tensor in node.input_tensors}
+    if len(tensors) != 1:
+        return (
+            "It combines several tensors; only a function of single numbers can be looked up.",
+            "Write it with + - * and functions of one tensor.",
+        )
+    if node.outputs[0].dtype == "bool":
+        return (
+            "Truth values are not in the integer graph.",
+            "Use it inside of ops.where with values of the same tensor.",
+        )
+    return None
+
+
+def _keeps_batch_of_one(node):
+    before, after = node.input_tensors[0].shape, node.outputs[0].shape
+    if len(before) == len(after) and after[0] in (None, before[0]):
+        return None
+    return f"It changes the batch axis ({before} → {after}).", "Broadcast behind the batch axis only."
+
+
 def _global_average(call):
     """MEAN where all kernels round it alike, else AVERAGE_POOL_2D on the grid of its input."""
     emit.mean(call) if _is_mean(call.node) else emit.global_average_pool(call)
@@ -169,7 +229,7 @@ _TANH = Row("TANH", "fixed", emit.tanh, limits=(-1.0, 127 / 128))
 _SOFTMAX = Row("SOFTMAX", "fixed", emit.softmax, limits=(0.0, 255 / 256), refuses=_softmax)
 _MAX_POOL = Row("MAX_POOL_2D", "same", emit.max_pool, **_POOL)
 _AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", emit.average_pool, **_POOL)
-_GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", emit.global_max_pool, **_POOL)
+_GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", emit.largest, **_POOL)
 _GLOBAL_AVERAGE_POOL = Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, factors=_mean_factors, **_POOL)
 _PAD = Row("PAD", _pad_range, emit.pad, refuses=_pads)
 _UPSAMPLING = Row("RESIZE_*", _upsampling_range, emit.upsampling, refuses=_upsamples)
@@ -194,9 +254,11 @@ OPERATIONS: dict[str, Row] = {
     "ops.Maximum": Row("MAXIMUM", "same", emit.maximum, refuses=_two_tensors),
     "ops.Minimum": Row("MINIMUM", "same", emit.minimum, refuses=_two_tensors),
     # activations
-    "ops.Relu": Row("RELU", "clamp", emit.relu),
-    "ops.Relu6": Row("RELU6", "clamp", emit.relu6),
-    "ops.ReLU": Row("RELU", "clamp", emit.relu, refuses=_relu_with_options),
+    "ops.Relu": Row("RELU", "clamp", emit.relu, activation="RELU"),
+    "ops.Relu6": Row("RELU6", "clamp", emit.relu6, activation="RELU6"),
+    "ops.ReLU": Row("RELU", "clamp", emit.relu, refuses=_relu_with_options, activation="RELU"),
+    "Clamp": Row("the end of a grid, or MUL", "clamp"),
+    "ops.Clip": Row("CAST + ADD + GATHER", "look-up", refuses=_one_tensor),
     "HardSwish": Row("HARD_SWISH", "own", emit.hard_swish),
     "ops.Sigmoid": _SIGMOID,
     "ops.Tanh": _TANH,
@@ -224,6 +286,20 @@ OPERATIONS: dict[str, Row] = {
     "ops.Transpose": Row("TRANSPOSE", "same", emit.transpose, refuses=_transposes),
     "ops.GetItem": Row("STRIDED_SLICE", "same", emit.strided_slice, refuses=_slices),
     "ops.Concatenate": Row("CONCATENATION", "same", emit.concatenation, refuses=_concatenates),
+    "ops.Take": Row("GATHER", "same", emit.take, refuses=_takes),
+    "ops.Stack": Row("PACK", "same", emit.stack),
+    "ops.Where": Row("SELECT_V2", "same", emit.select, refuses=_selects),
+    "ops.BroadcastTo": Row("BROADCAST_TO", "same", emit.broadcast, refuses=_keeps_batch_of_one),
+    "Constant": Row("-", "constant", emit.constant_tensor),
+    # products and reductions
+    "ops.Matmul": Row("BATCH_MATMUL", "own", emit.batch_matmul, refuses=_matmuls, factors=_both_inputs),
+    "ops.Mean": Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, refuses=_reduces, factors=_mean_factors),
+    "ops.Max": Row("REDUCE_MAX", "same", emit.largest, refuses=_reduces),
+    "ops.Min": Row("REDUCE_MIN", "same", emit.smallest, refuses=_reduces),
+    "ops.Argmax": Row("ARG_MAX", "index", emit.index_of_largest),
+    # functions of single numbers
+    "Pointwise": Row("look-up", "own", emit.pointwise),
+    **{key: Row(SINGLE_OPS.get(key, "CAST + ADD + GATHER"), "look-up", refuses=_one_tensor) for key in sorted(LOOKUPS)},
     # training only
     "Identity": _TRAINING_ONLY,
     "ops.Cast": _TRAINING_ONLY,

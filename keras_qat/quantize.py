@@ -12,6 +12,7 @@ from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.annotate import Plan, annotate, plan, row_of_node
 from keras_qat.graph.freeze import output_names
 from keras_qat.graph.fuse import fuse
+from keras_qat.graph.lookups import merge_lookups
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import original, trace
 from keras_qat.graph.walk import input_names, nodes_of
@@ -146,6 +147,7 @@ def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
         raise ValueError(f"Model {model.name!r} is quantized already: kq.quantize takes the float model.")
     known = Rules(rules, resolve_scheme(scheme))
     flat, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
+    flat = merge_lookups(flat)
     names = _output_names_of(model, flat)
     problems = problems + _refusals(flat) + _bad_weights(flat) + _never_called(model)
     prepared = _Prepared(flat, problems, names, known)

@@ -12,13 +12,17 @@ from tflite_export.program import Op, Program
 
 @dataclasses.dataclass(frozen=True)
 class Builtin:
-    """One row of the table. `typed_by` is the input whose element type chooses the version."""
+    """One row of the table. `typed_by` is the input whose element type chooses the version.
+
+    `micro` says whether TensorFlow Lite Micro has an int8 kernel for the op too, as LiteRT has for all of them.
+    """
 
     options: str | None = None
     int8: int = 1
     int16: int = 1
     typed_by: int = 0
     version: Callable[[Op, Program], int] | None = None
+    micro: bool = True
 
     def version_of(self, op: Op, program: Program) -> int:
         if self.version is not None:
@@ -106,36 +110,54 @@ def _quantize(op, program):
 
 
 BUILTINS: dict[str, Builtin] = {
+    "ABS": Builtin("AbsOptions", int8=2),
     "ADD": Builtin("AddOptions", int8=2, int16=3),
+    "ARG_MAX": Builtin("ArgMaxOptions", int8=2),
     "AVERAGE_POOL_2D": Builtin("Pool2DOptions", int8=2, int16=3),
+    "BATCH_MATMUL": Builtin("BatchMatMulOptions", int8=2, int16=3),
+    "CAST": Builtin("CastOptions", int8=3),
     "CONCATENATION": Builtin("ConcatenationOptions", int8=2, int16=3),
     "CONV_2D": Builtin("Conv2DOptions", version=_conv_2d),
     "DEPTHWISE_CONV_2D": Builtin("DepthwiseConv2DOptions", version=_depthwise_conv_2d),
+    "DEPTH_TO_SPACE": Builtin("DepthToSpaceOptions", int8=2),
     "DEQUANTIZE": Builtin("DequantizeOptions", int8=2, int16=3),
+    "ELU": Builtin(),
+    "EXP": Builtin("ExpOptions", int8=2, micro=False),
     "FULLY_CONNECTED": Builtin("FullyConnectedOptions", version=_fully_connected),
+    "GATHER": Builtin("GatherOptions", int8=2, int16=4),
+    "GELU": Builtin("GeluOptions", int8=2, micro=False),
     "HARD_SWISH": Builtin("HardSwishOptions"),
     "LEAKY_RELU": Builtin("LeakyReluOptions", int16=2),
+    "LOG": Builtin(int8=2, micro=False),
     "LOGISTIC": Builtin(int8=2, int16=3),
-    "MAX_POOL_2D": Builtin("Pool2DOptions", int8=2, int16=3),
     "MAXIMUM": Builtin("MaximumMinimumOptions", version=_binary(3)),
-    "MINIMUM": Builtin("MaximumMinimumOptions", version=_binary(3)),
+    "MAX_POOL_2D": Builtin("Pool2DOptions", int8=2, int16=3),
     "MEAN": Builtin("ReducerOptions", int8=2, int16=3),
+    "MINIMUM": Builtin("MaximumMinimumOptions", version=_binary(3)),
+    "MIRROR_PAD": Builtin("MirrorPadOptions", int8=2, int16=3),
     "MUL": Builtin("MulOptions", version=_mul),
     "PACK": Builtin("PackOptions", int8=2, int16=3),
     "PAD": Builtin("PadOptions", version=_by_rank(4)),
     "PADV2": Builtin("PadV2Options", version=_by_rank(4)),
     "QUANTIZE": Builtin("QuantizeOptions", version=_quantize),
     "REDUCE_MAX": Builtin("ReducerOptions", int8=2, int16=3),
+    "REDUCE_MIN": Builtin("ReducerOptions", int8=2, int16=3),
     "RELU": Builtin(int8=2, int16=3),
     "RELU6": Builtin(int8=2, int16=3),
     "RESHAPE": Builtin("ReshapeOptions"),
     "RESIZE_BILINEAR": Builtin("ResizeBilinearOptions", version=_resize),
     "RESIZE_NEAREST_NEIGHBOR": Builtin("ResizeNearestNeighborOptions", version=_resize),
+    "RSQRT": Builtin(int8=2, int16=3),
+    "SELECT_V2": Builtin("SelectV2Options"),
     "SHAPE": Builtin("ShapeOptions"),
     "SOFTMAX": Builtin("SoftmaxOptions", int8=2, int16=3),
+    "SPACE_TO_DEPTH": Builtin("SpaceToDepthOptions", int8=2),
+    "SPLIT": Builtin("SplitOptions", int8=2, int16=4, typed_by=1),
+    "SQRT": Builtin(micro=False),
     "STRIDED_SLICE": Builtin("StridedSliceOptions", version=_strided_slice),
     "SUB": Builtin("SubOptions", version=_sub),
     "TANH": Builtin(int8=2, int16=3),
     "TRANSPOSE": Builtin("TransposeOptions", int8=2, int16=5),
     "TRANSPOSE_CONV": Builtin("TransposeConvOptions", version=_transpose_conv),
+    "UNPACK": Builtin("UnpackOptions", int8=2, int16=4),
 }

@@ -8,6 +8,7 @@ from keras import tree
 from keras_qat.graph.walk import Copies, fresh_inputs, nodes_of, producers_of, rebuild
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale
 from keras_qat.operations import row_of
+from keras_qat.primitives import Clamp, Constant, Pointwise
 from keras_qat.quantizers import Fixed, MovingAverage
 from tflite_export.program import unique_name
 
@@ -60,6 +61,11 @@ class Plan:
     groups: list[list[Site]] = dataclasses.field(default_factory=list)
 
 
+def is_index(tensor) -> bool:
+    """Whether a tensor holds numbers that count something (ids of words), not values on a grid."""
+    return tensor.dtype in ("bool", "int32", "int64", "uint32")
+
+
 def row_of_node(node):
     """The table's row of a node; of the layer inside where it is wrapped."""
     operation = node.operation
@@ -78,7 +84,7 @@ class _Flow:
             is_gone = self.kinds[id(node)] == "train"
             for tensor in node.outputs:
                 self.root[id(tensor)] = self.root[id(node.input_tensors[0])] if is_gone else tensor
-            if not is_gone:
+            if not is_gone and self.kinds[id(node)] != "constant":
                 self._count(node.input_tensors)
         self._count(model.outputs)
 
@@ -88,7 +94,7 @@ class _Flow:
             self.readers[key] = self.readers.get(key, 0) + 1
 
     def sources(self, node) -> list[int]:
-        return [id(self.root[id(tensor)]) for tensor in node.input_tensors]
+        return [id(self.root[id(tensor)]) for tensor in node.input_tensors if not is_index(tensor)]
 
     def fuses(self, node) -> bool:
         """Whether the op in front takes this relu in: TFLite can, and nothing else reads that op's result."""
@@ -134,6 +140,8 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
     for tensor in model.inputs:
         name = tensor._keras_history.operation.name
         limits = input_ranges.get(name)
+        if is_index(tensor):
+            continue
         place = flow.behind_augmentation(tensor)
         result.sites[id(place)] = Site(name, "fixed" if limits else "observed", limits)
     for node in flow.nodes:
@@ -141,7 +149,7 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         if kind in _SHARING:
             for source in flow.sources(node):
                 groups.join(source, output)
-        if kind not in ("same", "train"):
+        if kind not in ("same", "train", "index"):
             result.sites[output] = _site(node, kind)
         if kind == "clamp" and flow.fuses(node):
             (source,) = flow.sources(node)
@@ -158,6 +166,8 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
 
 def _site(node, kind: str) -> Site:
     row = row_of_node(node)
+    if isinstance(node.operation, Clamp):
+        return Site(node.operation.name, "fixed", (node.operation.low, node.operation.high))
     if kind == "clamp":
         highest = getattr(node.operation, "max_value", None)
         if highest:
@@ -213,14 +223,14 @@ class _Annotator:
     def __init__(self, decided: Plan):
         self.plan = decided
         self.fake_quants = _fake_quants(decided.groups)
-        self.copies, self.wrappers = Copies(), {}
+        self.copies, self.wrappers = Copies(with_weights=True), {}
         self.scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid
         self.seconds: dict[int, object] = {}  # id of an old tensor → its value on the grid of its second site
         self.products: dict[int, dict] = {}  # group → what its tensor is a product of
 
     def rebuilt(self, model: keras.Model) -> keras.Model:
         inputs = fresh_inputs(model)
-        self.inputs = {id(tensor) for tensor in tree.flatten(inputs)}
+        self.given = {id(tensor) for tensor in tree.flatten(inputs)}  # tensors whose integers the file holds or is given
         begun = [self._behind(old, new) for old, new in zip(model.inputs, tree.flatten(inputs), strict=True)]
         return keras.Model(inputs, rebuild(model, self._visit, begun), name=model.name)
 
@@ -232,11 +242,15 @@ class _Annotator:
         product = row_of_node(node).factors(node, scales)
         if product is not None and [s.kind for s in self.plan.groups[site.group]].count("observed") == 1:
             self.products[site.group] = product
-        if isinstance(node.operation, GridLayer):
+        if isinstance(node.operation, Clamp) and id(node) not in self.plan.fused:
+            result = Rescale(name=node.operation.name)(args[0], scales[0], self._scale_at(site, args[0]))
+        elif isinstance(node.operation, GridLayer):
             result = self._layer(node.operation)(args[0], scales[0], self._scale_at(site, args[0]), **kwargs)
         else:
             result = self.copies[node.operation](*args, **kwargs)
-        self.scale_of[id(result)] = scales[0]
+        self.scale_of[id(result)] = next(iter(scales), None)
+        if isinstance(node.operation, (Constant, Pointwise)):
+            self.given.add(id(result))
         return self._behind(node.outputs[0], result)
 
     def _layer(self, operation):
@@ -255,7 +269,7 @@ class _Annotator:
 
     def _on_grid(self, tensor, site: Site):
         options = {"rounded": {"observe": False, "rounding": "away"}, "scaled": {"observe": False}}.get(site.kind, {})
-        if id(tensor) in self.inputs:
+        if id(tensor) in self.given:
             options["rounding"] = "precise"
         options = {**options, **self.products.get(site.group, {})}
         value, scale = self.fake_quants[site.group](tensor, site=site.index, **options)

@@ -7,10 +7,14 @@ behind it. What an op has to move around itself (a 1D convolution is a 2D one be
 import dataclasses
 import math
 
+import keras
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from keras_qat.graph.lookups import SINGLE_OPS
+from keras_qat.graph.walk import key_of, nodes_of
 from tflite_export import Op, Program, Tensor
+from tflite_export.ops import BUILTINS
 
 _ACTIVATIONS = {
     None: schema.ActivationFunctionType.NONE,
@@ -31,6 +35,7 @@ class Call:
         inputs: Names of the integer tensors it reads.
         output: Name of the tensor it writes.
         activation: None, "RELU" or "RELU6", fused.
+        portable: Only ops that TensorFlow Lite Micro has too.
         weights: The `IntegerWeights` of a `Quantized`, or what `Rescale.constant` returned.
     """
 
@@ -41,6 +46,7 @@ class Call:
     output: str
     activation: str | None = None
     weights: object = None
+    portable: bool = False
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.program.tensors[name].shape
@@ -255,10 +261,48 @@ def _binary(kind: str, fuses: bool = True):
 
 
 add, subtract, multiply = _binary("ADD"), _binary("SUB"), _binary("MUL")
+batch_matmul = _binary("BATCH_MATMUL", fuses=False)
 maximum, minimum = _binary("MAXIMUM", fuses=False), _binary("MINIMUM", fuses=False)
 relu = _binary("RELU", fuses=False)
 logistic, tanh = _binary("LOGISTIC", fuses=False), _binary("TANH", fuses=False)
 hard_swish = _binary("HARD_SWISH", fuses=False)
+
+
+def pointwise(call: Call) -> None:
+    """A look-up: in one op where LiteRT has one with the same 256 results, else CAST, ADD, GATHER."""
+    results = _results(call)
+    operations = [node.operation for node in nodes_of(call.operation.function)]
+    kind = SINGLE_OPS.get(key_of(operations[0])) if len(operations) == 1 else None
+    if kind is not None and (BUILTINS[kind].micro or not call.portable) and _looks_up(call, results):
+        options = {"approximate": bool(operations[0].approximate)} if kind == "GELU" else {}
+        return call.op(kind, call.inputs, call.output, **options)
+    shape = call.shape(call.output)
+    integers = call.program.add(Tensor(f"{call.output}/integers", shape, "int32"))
+    indices = call.program.add(Tensor(f"{call.output}/indices", shape, "int32"))
+    grid = call.program.tensors[call.output]
+    table = call.constant("results", results, "int8", scale=grid.scale, zero_point=grid.zero_point)
+    call.op("CAST", call.inputs, integers, inDataType=schema.TensorType.INT8, outDataType=schema.TensorType.INT32)
+    call.op("ADD", [integers, call.constant("offset", 128, "int32")], indices)
+    call.op("GATHER", [table, indices], call.output, axis=0)
+
+
+def _numbers(call: Call) -> np.ndarray:
+    """What the 256 integers of the input stand for."""
+    grid = call.program.tensors[call.inputs[0]]
+    return grid.dequantize(np.arange(-128, 128))
+
+
+def _results(call: Call) -> np.ndarray:
+    step = np.float32(call.program.tensors[call.inputs[0]].scale[0])
+    return call.program.tensors[call.output].quantize(np.asarray(call.operation(_numbers(call), step)))
+
+
+def _looks_up(call: Call, results) -> bool:
+    """Whether the kernel, which knows nothing of what we do where the function is infinite, has the same results."""
+    with np.errstate(all="ignore"):
+        plain = np.asarray(call.operation.function(_numbers(call)))
+    integers = call.program.tensors[call.output].quantize(np.nan_to_num(plain, nan=0.0))
+    return not np.any(np.isnan(plain)) and np.array_equal(integers, results)
 
 
 def softmax(call: Call) -> None:
@@ -310,23 +354,42 @@ def _keras_pool(kind: str):
 max_pool, average_pool = _keras_pool("MAX_POOL_2D"), _keras_pool("AVERAGE_POOL_2D")
 
 
+def reduced_axes(node) -> list[int]:
+    """The axes that a reduction is over: those named, or of a global pooling all between batch and channels."""
+    rank = len(node.input_tensors[0].shape)
+    if isinstance(node.operation, keras.Layer):
+        return list(range(1, rank - 1))
+    axis = node.operation.axis
+    axes = range(rank) if axis is None else [axis] if isinstance(axis, int) else axis
+    return sorted(one % rank for one in axes)
+
+
 def values_per_mean(node) -> int:
-    """How many values a global average is over."""
-    return math.prod(node.input_tensors[0].shape[1:-1])
+    """How many values an average is over."""
+    return math.prod(node.input_tensors[0].shape[axis] for axis in reduced_axes(node))
 
 
-def mean(call: Call) -> None:
-    _reduce(call, "MEAN")
+def _reduction(kind: str):
+    def emit(call: Call) -> None:
+        keep = len(call.shape(call.output)) == len(call.shape(call.inputs[0]))
+        axes = call.constant("axes", reduced_axes(call.node), "int32")
+        call.op(kind, [call.inputs[0], axes], call.output, keepDims=keep)
+
+    return emit
 
 
-def global_max_pool(call: Call) -> None:
-    _reduce(call, "REDUCE_MAX")
+mean = _reduction("MEAN")
+largest, smallest = _reduction("REDUCE_MAX"), _reduction("REDUCE_MIN")
 
 
-def _reduce(call: Call, kind: str) -> None:
-    axes = list(range(1, len(call.shape(call.inputs[0])) - 1))
-    keep = len(call.shape(call.output)) == len(call.shape(call.inputs[0]))
-    call.op(kind, [call.inputs[0], call.constant("axes", axes, "int32")], call.output, keepDims=keep)
+def index_of_largest(call: Call) -> None:
+    axis = call.operation.axis % len(call.shape(call.inputs[0]))
+    call.op(
+        "ARG_MAX",
+        [call.inputs[0], call.constant("axis", axis, "int32")],
+        call.output,
+        outputType=schema.TensorType.INT32,
+    )
 
 
 def global_average_pool(call: Call) -> None:
@@ -437,6 +500,47 @@ def _kept(keys, rank) -> list[bool]:
     at = keys.index(Ellipsis) if Ellipsis in keys else len(keys)
     keys[at : at + 1] = [slice(None)] * (rank - given)
     return [key is not None for key in keys if not isinstance(key, int)]
+
+
+def take(call: Call) -> None:
+    """GATHER by constant indices, or by indices that the model computes."""
+    indices = take_indices(call.node)
+    if indices is None:
+        values, indices = call.inputs
+    else:
+        values, indices = call.inputs[0], call.constant("indices", indices, "int32")
+    call.op("GATHER", [values, indices], call.output, axis=call.operation.axis % len(call.shape(values)))
+
+
+def take_indices(node) -> np.ndarray | None:
+    """The constant indices of a Take, or None where they are a tensor."""
+    if len(node.input_tensors) > 1:
+        return None
+    given = [*node.arguments.args[1:], *node.arguments.kwargs.values()][0]
+    size = node.input_tensors[0].shape[node.operation.axis]
+    return np.asarray(given) % size
+
+
+def stack(call: Call) -> None:
+    axis = call.operation.axis % len(call.shape(call.output))
+    call.op("PACK", call.inputs, call.output, axis=axis, valuesCount=len(call.inputs))
+
+
+def select(call: Call) -> None:
+    """Where a constant mask is true the first tensor, else the second."""
+    condition = np.asarray(call.node.arguments.args[0], bool)
+    call.op("SELECT_V2", [call.constant("condition", condition, "bool"), *call.inputs], call.output)
+
+
+def broadcast(call: Call) -> None:
+    shape = call.constant("shape", call.shape(call.output), "int32")
+    call.op("BROADCAST_TO", [call.inputs[0], shape], call.output)
+
+
+def constant_tensor(call: Call) -> None:
+    """No op: the tensor itself is a constant."""
+    tensor = call.program.tensors[call.output]
+    tensor.data, tensor.batched = tensor.quantize(np.asarray(call.operation.value)), False
 
 
 def concatenation(call: Call) -> None:

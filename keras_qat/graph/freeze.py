@@ -5,18 +5,22 @@ import dataclasses
 import keras
 from keras import tree
 
-from keras_qat.graph import emit
-from keras_qat.graph.annotate import row_of_node
+from keras_qat.graph.annotate import is_index, row_of_node
 from keras_qat.graph.emit import Call
 from keras_qat.graph.walk import input_names, nodes_of
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
+from keras_qat.primitives import Constant
 from tflite_export import Program, Tensor, with_io_types
 from tflite_export.optimize import optimize
 from tflite_export.program import unique_name
 
 
 def freeze(
-    qat: keras.Model, input_type: str = "int8", output_type: str = "int8", dynamic_batch: bool = False
+    qat: keras.Model,
+    input_type: str = "int8",
+    output_type: str = "int8",
+    dynamic_batch: bool = False,
+    portable: bool = False,
 ) -> Program:
     """Turns a QAT model into integers: batch norms folded, weights rounded, training-only layers dropped.
 
@@ -24,6 +28,8 @@ def freeze(
         qat: What `kq.quantize` returned, its ranges observed by training or `kq.calibrate`.
         input_type, output_type: "int8", "uint8" or "float32" at the rim of the file.
         dynamic_batch: The file takes any batch size instead of 1.
+        portable: Only ops that TensorFlow Lite Micro has too: GELU, EXP and LOG become look-ups of three ops. The integers
+            are the same.
 
     Returns:
         A `tflite_export.Program`.
@@ -33,7 +39,7 @@ def freeze(
     """
     _require_ranges(qat)
     program = Program(dynamic_batch=dynamic_batch, description=f"{qat.name}, quantized by keras_qat")
-    freezer = _Freezer(program)
+    freezer = _Freezer(program, portable)
     for tensor in qat.inputs:
         freezer.begin(tensor)
     for node in nodes_of(qat):
@@ -77,12 +83,17 @@ class _Pending:
 class _Freezer:
     """Walks through a QAT model. `values` maps tensor ids to names of integer tensors, or to what is still pending."""
 
-    def __init__(self, program: Program):
-        self.program = program
+    def __init__(self, program: Program, portable: bool):
+        self.program, self.portable = program, portable
         self.values: dict[int, object] = {}
         self.products: dict[FakeQuant, dict] = {}
 
     def begin(self, tensor) -> None:
+        if is_index(tensor):
+            name = tensor._keras_history.operation.name
+            self.values[id(tensor)] = self.program.add(Tensor(name, (1, *tensor.shape[1:]), "int32"))
+            self.program.inputs[name] = self.values[id(tensor)]
+            return
         self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name)
 
     def tensor_of(self, tensor) -> str:
@@ -97,13 +108,16 @@ class _Freezer:
                 self._on_grid(node)
             return
         kind = row_of_node(node).range_kind(node)
-        sources = [self.values[id(x)] for x in _data_inputs(node)]
+        sources = [self.values[id(x)] for x in _data_inputs(node, kind)]
         if kind == "train":
             result = sources[0]
         elif kind == "clamp" and isinstance(sources[0], _Pending):
-            result = dataclasses.replace(sources[0], activation=row_of_node(node).op, name=node.operation.name)
+            result = dataclasses.replace(sources[0], activation=row_of_node(node).activation, name=node.operation.name)
         elif kind == "same":
             result = self._like_input(node, sources)
+        elif kind == "index":
+            result = self.program.add(Tensor(node.operation.name, (1, *node.outputs[0].shape[1:]), "int32"))
+            self._emit(node, sources, result, None)
         else:
             result = _Pending(node, sources, node.operation.name)
         self.values[id(node.outputs[0])] = result
@@ -112,7 +126,7 @@ class _Freezer:
         """A FakeQuant: whatever is pending in front of it is written to a tensor of its grid."""
         scale, zero_point = node.operation.parameters(**self._product(node))
         value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
-        shape = (1, *like.shape[1:])
+        shape = like.shape if isinstance(getattr(value.node, "operation", None), Constant) else (1, *like.shape[1:])
         tensor = self.program.add(Tensor(value.name, shape, "int8", scale=(float(scale),), zero_point=zero_point))
         if value.node is None:
             self.program.inputs[value.name] = tensor
@@ -134,25 +148,28 @@ class _Freezer:
         """An operation that only moves values: its result is on the grid of its input."""
         shape = (1, *node.outputs[0].shape[1:])
         tensor = self.program.add(
-            dataclasses.replace(self.program.tensors[sources[0]], name=node.operation.name, shape=shape)
+            dataclasses.replace(
+                self.program.tensors[sources[0]], name=node.operation.name, shape=shape, data=None, batched=True
+            )
         )
         self._emit(node, sources, tensor, None)
         return tensor
 
     def _emit(self, node, inputs, output, activation) -> None:
         operation, weights = node.operation, None
-        scales = [
-            keras.ops.convert_to_tensor(self.program.tensors[name].scale[0], "float32") for name in (inputs[0], output)
-        ]
-        if isinstance(operation, Quantized):
-            weights, operation = operation.integers(*scales), operation.layer
-        elif isinstance(operation, Rescale):
-            weights = operation.constant(*scales)
-        row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights))
+        if isinstance(operation, (Quantized, Rescale)):
+            scales = [self.program.tensors[name].scale[0] for name in (inputs[0], output)]
+            scales = [keras.ops.convert_to_tensor(scale, "float32") for scale in scales]
+            is_rescale = isinstance(operation, Rescale)
+            weights = operation.constant(*scales) if is_rescale else operation.integers(*scales)
+            operation = operation if is_rescale else operation.layer
+        row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights, self.portable))
 
 
-def _data_inputs(node):
-    """The further inputs of a grid layer are the scales."""
+def _data_inputs(node, kind: str):
+    """The further inputs of a grid layer are the scales; a constant does not look at its input."""
+    if kind == "constant":
+        return []
     return node.input_tensors[:1] if isinstance(node.operation, GridLayer) else node.input_tensors
 
 

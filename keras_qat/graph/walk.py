@@ -40,11 +40,13 @@ def rewrite(model: keras.Model, visit: Callable) -> keras.Model:
     return keras.Model(inputs, outputs, name=model.name)
 
 
-def fresh_inputs(model):
-    """New `keras.Input`s like those of `model`, in the same structure."""
+def fresh_inputs(model, dtypes=()):
+    """New `keras.Input`s like those of `model`, in the same structure; `dtypes` names the ones of another type."""
+    dtypes = dict(dtypes)
 
     def fresh(tensor):
-        return keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype, name=tensor._keras_history.operation.name)
+        name = tensor._keras_history.operation.name
+        return keras.Input(batch_shape=tensor.shape, dtype=dtypes.get(name, tensor.dtype), name=name)
 
     return tree.map_structure(fresh, model._inputs_struct)
 
@@ -105,14 +107,16 @@ class Copies:
     """What a rewrite calls in place of the old operations: a fresh copy of each, one for all of its calls.
 
     Copies matter because an operation called in several graphs would answer `layer.output` from the first of them.
-    Layers with weights are used as they are: they end up inside of a `Quantized`, which is called just once.
+    Layers with weights are used as they are, unless `with_weights`: most end up inside of a `Quantized`, which is called
+    just once.
     """
 
-    def __init__(self):
-        self._copies = {}
+    def __init__(self, with_weights: bool = False):
+        self._copies, self._with_weights = {}, with_weights
 
     def __getitem__(self, operation):
-        if isinstance(operation, keras.Layer) and operation.weights and not _only_seeds(operation):
+        has_weights = isinstance(operation, keras.Layer) and operation.weights and not _only_seeds(operation)
+        if has_weights and not self._with_weights:
             return operation
         if id(operation) not in self._copies:
             self._copies[id(operation)] = (operation, clone(operation))

@@ -1,38 +1,200 @@
-"""Arithmetic of keras.ops."""
+"""Arithmetic of keras.ops: with constants, with weights of custom layers, and what TFLite has only in parts."""
+
+import math
 
 import keras
 import numpy as np
+from keras import ops
 
+from keras_qat.graph.lower.weights import dense_of, is_learned
 from keras_qat.graph.walk import key_of
 from keras_qat.layers import ChannelScale
+from keras_qat.primitives import Clamp, Constant
+
+_BINARY = {
+    "ops.Add": ops.add,
+    "ops.Subtract": ops.subtract,
+    "ops.Multiply": ops.multiply,
+    "ops.Maximum": ops.maximum,
+    "ops.Minimum": ops.minimum,
+}
 
 
-def _arithmetic_with_constant(operation, args, kwargs):
-    """`x + c`, `c - x`, `x * c`, `x / c` with a number or one number per channel."""
-    if len(args) != 2 or all(isinstance(x, keras.KerasTensor) for x in args):
-        return None
-    constant_first = isinstance(args[1], keras.KerasTensor)
-    tensor, constant = (args[1], args[0]) if constant_first else args
-    constant = np.asarray(constant, np.float32)
-    per_channel = constant.size == 1 or (constant.shape[-1] == constant.size == tensor.shape[-1])
+def _binary(operation, args, kwargs):
+    """`x + c`, `c - x`, `x * c`, `x / c` with numbers, arrays or weights; `x / y` of two tensors."""
     key = key_of(operation).replace("TrueDivide", "Divide")
-    if not per_channel or (key == "ops.Divide" and constant_first):
+    tensors = [isinstance(x, keras.KerasTensor) for x in args]
+    if len(args) != 2 or all(tensors):
+        return (lambda x, y: ops.multiply(x, ops.reciprocal(y))) if key == "ops.Divide" and len(args) == 2 else None
+    at = tensors.index(True)
+    x, operand = args[at], args[1 - at]
+    values = np.asarray(operand, np.float32)
+    if key == "ops.Divide":
+        if at == 1:
+            return lambda _, y: ops.multiply(ops.reciprocal(y), operand)
+        key, values = "ops.Multiply", 1.0 / values
+    if values.ndim > len(x.shape) or (values.ndim == len(x.shape) and values.shape[0] != 1):
+        return None  # its first axis would be the batch
+    per_channel = values.size == 1 or values.shape[-1] == values.size == x.shape[-1]
+    if key in ("ops.Maximum", "ops.Minimum"):
+        with_constant = _limited(key, values) if values.size == 1 else None
+    else:
+        with_constant = _scaled(key, values, at, is_learned(operand)) if per_channel else None
+    with_constant = with_constant or _with_tensor(key, values, at, is_learned(operand))
+    return lambda *arguments: with_constant(arguments[at])
+
+
+def _scaled(key, values, at, learned):
+    """One number per channel, or one for all."""
+    values = np.ravel(values)
+    if key == "ops.Multiply":
+        return ChannelScale(values, trainable=learned)
+    if key == "ops.Add":
+        return ChannelScale(1.0, values) if not learned else None
+    if learned:
         return None
-    scaling = {
-        "ops.Add": lambda c: ChannelScale(1.0, np.ravel(c)),
-        "ops.Subtract": lambda c: (
-            ChannelScale(-1.0, np.ravel(c)) if constant_first else ChannelScale(1.0, -np.ravel(c))
-        ),
-        "ops.Multiply": lambda c: ChannelScale(np.ravel(c)),
-        "ops.Divide": lambda c: ChannelScale(1.0 / np.ravel(c)),
-    }[key](constant)
-    return lambda *arguments: scaling(arguments[1 if constant_first else 0])
+    return ChannelScale(-1.0, values) if at == 1 else ChannelScale(1.0, -values)
+
+
+def _limited(key, values):
+    limit = float(np.ravel(values)[0])
+    if key == "ops.Maximum":
+        return ops.relu if limit == 0 else lambda x: ops.clip(x, limit, 3e38)
+    return lambda x: ops.clip(x, -3e38, limit)
+
+
+def _with_tensor(key, values, at, learned):
+    constant, function = Constant(values, trainable=learned, name="constant"), _BINARY[key]
+    return lambda x: function(constant(x), x) if at == 1 else function(x, constant(x))
+
+
+def _clip(operation, args, kwargs):
+    """Limits around zero are the ends of the result's grid; others are looked up."""
+    low, high = operation.x_min, operation.x_max
+    if low is None or high is None or not np.size(low) == np.size(high) == 1:
+        return None
+    if low == 0 and high > 1e30:
+        return ops.relu
+    return Clamp(float(low), float(high)) if low <= 0 <= high and high - low < 1e30 else None
+
+
+def _square(operation, args, kwargs):
+    return lambda x: ops.multiply(x, x)
+
+
+def _power(operation, args, kwargs):
+    exponent = args[1] if len(args) > 1 else kwargs.get("x2")
+    if isinstance(exponent, keras.KerasTensor) or not np.all(np.asarray(exponent) == 2):
+        return None
+    return lambda x, *_: ops.multiply(x, x)
+
+
+def _negative(operation, args, kwargs):
+    return lambda x: ops.multiply(x, -1.0)
+
+
+def _mean(operation, args, kwargs):
+    """Over all axes between batch and channels it is a global average; over others a sum with weights."""
+    axes = _reduced_axes(operation, args[0])
+    is_global = axes == list(range(1, len(args[0].shape) - 1)) and len(args[0].shape) in (3, 4)
+    return None if is_global else _weighed_sum(operation, args[0], axes, is_mean=True)
+
+
+def _sum(operation, args, kwargs):
+    return _weighed_sum(operation, args[0], _reduced_axes(operation, args[0]), is_mean=False)
+
+
+def _reduced_axes(operation, x) -> list[int]:
+    rank, axis = len(x.shape), operation.axis
+    return sorted(one % rank for one in (range(rank) if axis is None else np.ravel(axis).tolist()))
+
+
+def _weighed_sum(operation, x, axes, is_mean):
+    """A FULLY_CONNECTED with equal weights over the axes, moved to the end. MEAN and SUM round differently everywhere."""
+    if 0 in axes:
+        return None
+    kept = [axis for axis in range(len(x.shape)) if axis not in axes]
+    count = math.prod(x.shape[axis] for axis in axes)
+    dense = dense_of(np.full((count, 1), 1.0 / count if is_mean else 1.0), name=operation.name)
+    order, flat = [*kept, *axes], (-1, *[x.shape[axis] for axis in kept[1:]], count)
+    shape = [-1, *[1 if axis in axes else x.shape[axis] for axis in range(1, len(x.shape))]]
+    if not operation.keepdims:
+        shape = flat[:-1]
+
+    def weighed_sum(x):
+        x = x if order == sorted(order) else ops.transpose(x, order)
+        return _reshaped(dense(_reshaped(x, flat)), shape)
+
+    return weighed_sum
+
+
+def _reshaped(x, shape):
+    return x if tuple(x.shape[1:]) == tuple(shape[1:]) else ops.reshape(x, shape)
+
+
+def _variance(operation, args, kwargs):
+    axis, keepdims = operation.axis, operation.keepdims
+
+    def variance(x):
+        centred = x - ops.mean(x, axis=axis, keepdims=True)
+        return ops.mean(ops.square(centred), axis=axis, keepdims=keepdims)
+
+    return variance
+
+
+def _deviation(operation, args, kwargs):
+    return lambda x: ops.sqrt(ops.var(x, axis=operation.axis, keepdims=operation.keepdims))
+
+
+def _log_sum_exp(operation, args, kwargs):
+    axis, keepdims = operation.axis, operation.keepdims
+
+    def log_sum_exp(x):
+        largest = ops.max(x, axis=axis, keepdims=True)
+        result = ops.log(ops.sum(ops.exp(x - largest), axis=axis, keepdims=True)) + largest
+        return result if keepdims else ops.squeeze(result, axis=axis)
+
+    return log_sum_exp
+
+
+def _log_softmax(operation, args, kwargs):
+    axis = operation.axis
+    return lambda x: x - ops.logsumexp(x, axis=axis, keepdims=True)
+
+
+def _matmul(operation, args, kwargs):
+    """`x @ w` with an array or a weight is a Dense, or for each leading index of w a matrix of its own."""
+    if len(args) != 2 or not isinstance(args[0], keras.KerasTensor) or isinstance(args[1], keras.KerasTensor):
+        return None
+    values, learned = np.asarray(args[1], np.float32), is_learned(args[1])
+    if values.ndim == 2:
+        dense = dense_of(values, trainable=learned, name=operation.name)
+        return lambda x, _: dense(x)
+    if values.ndim == 1:
+        dense = dense_of(values[:, None], trainable=learned, name=operation.name)
+        return lambda x, _: ops.squeeze(dense(x), axis=-1)
+    constant = Constant(values, trainable=learned, name="constant")
+    return lambda x, _: ops.matmul(x, constant(x))
+
+
+def _dot(operation, args, kwargs):
+    if isinstance(args[-1], keras.KerasTensor):
+        return None
+    return lambda x, w: ops.matmul(x, w)
 
 
 RULES = {
-    "ops.Add": _arithmetic_with_constant,
-    "ops.Subtract": _arithmetic_with_constant,
-    "ops.Multiply": _arithmetic_with_constant,
-    "ops.TrueDivide": _arithmetic_with_constant,
-    "ops.Divide": _arithmetic_with_constant,
+    **dict.fromkeys([*_BINARY, "ops.TrueDivide", "ops.Divide"], _binary),
+    "ops.Clip": _clip,
+    "ops.Square": _square,
+    "ops.Power": _power,
+    "ops.Negative": _negative,
+    "ops.Mean": _mean,
+    "ops.Sum": _sum,
+    "ops.Var": _variance,
+    "ops.Std": _deviation,
+    "ops.Logsumexp": _log_sum_exp,
+    "ops.LogSoftmax": _log_softmax,
+    "ops.Matmul": _matmul,
+    "ops.Dot": _dot,
 }

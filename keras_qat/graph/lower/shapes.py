@@ -1,3 +1,122 @@
 """Moving, cutting and joining."""
 
-RULES = {}
+import keras
+import numpy as np
+from keras import ops
+
+from keras_qat.primitives import Constant
+
+
+def _split(operation, args, kwargs):
+    axis, given = operation.axis, operation.indices_or_sections
+    size = args[0].shape[axis]
+    ends = [size // given * (n + 1) for n in range(given)] if isinstance(given, int) else [*given, size]
+    pieces = [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return lambda x: [x[_at(axis, piece, len(x.shape))] for piece in pieces]
+
+
+def _unstack(operation, args, kwargs):
+    axis = operation.axis
+    return lambda x: [x[_at(axis, index, len(x.shape))] for index in range(x.shape[axis])]
+
+
+def _at(axis: int, key, rank: int) -> tuple:
+    keys = [slice(None)] * rank
+    keys[axis] = key
+    return tuple(keys)
+
+
+def _swap_axes(operation, args, kwargs):
+    order = list(range(len(args[0].shape)))
+    one, other = operation.axis1, operation.axis2
+    order[one], order[other] = order[other], order[one]
+    return lambda x: ops.transpose(x, order)
+
+
+def _move_axes(operation, args, kwargs):
+    rank = len(args[0].shape)
+    sources = [axis % rank for axis in np.ravel(operation.source)]
+    targets = [axis % rank for axis in np.ravel(operation.destination)]
+    order = [axis for axis in range(rank) if axis not in sources]
+    for target, source in sorted(zip(targets, sources, strict=True)):
+        order.insert(target, source)
+    return lambda x: ops.transpose(x, [int(axis) for axis in order])
+
+
+def _tile(operation, args, kwargs):
+    """Copies joined together: TensorFlow Lite Micro has no TILE."""
+    rank = len(args[0].shape)
+    counts = [1] * (rank - np.size(operation.repeats)) + [int(count) for count in np.ravel(operation.repeats)]
+    if len(counts) != rank or counts[0] != 1:
+        return None
+
+    def tile(x):
+        for axis, count in enumerate(counts):
+            x = ops.concatenate([x] * count, axis=axis) if count > 1 else x
+        return x
+
+    return tile
+
+
+def _repeat(operation, args, kwargs):
+    """Each slice several times: a gather of repeated indices."""
+    axis, size = operation.axis, args[0].shape[operation.axis or 0]
+    if axis is None or size is None or isinstance(operation.repeats, keras.KerasTensor):
+        return None
+    return lambda x: ops.take(x, np.repeat(np.arange(size), operation.repeats).tolist(), axis=axis)
+
+
+def _flip(operation, args, kwargs):
+    if operation.axis is None:
+        return None
+    axes = [operation.axis] if isinstance(operation.axis, int) else list(operation.axis)
+
+    def flip(x):
+        for axis in axes:
+            x = ops.take(x, list(reversed(range(x.shape[axis]))), axis=axis)
+        return x
+
+    return flip
+
+
+def _roll(operation, args, kwargs):
+    if not isinstance(operation.axis, int) or not isinstance(operation.shift, int):
+        return None
+    axis, size = operation.axis, args[0].shape[operation.axis]
+    shift = -operation.shift % size
+    first, second = _at(axis, slice(shift, None), len(args[0].shape)), _at(axis, slice(0, shift), len(args[0].shape))
+    return lambda x: ops.concatenate([x[first], x[second]], axis=axis) if shift else x
+
+
+def _repeat_vector(layer, args, kwargs):
+    return lambda x: ops.concatenate([ops.expand_dims(x, 1)] * layer.n, axis=1)
+
+
+def _embedding(layer, args, kwargs):
+    table = Constant(layer.embeddings, trainable=layer.trainable, name="table")
+    return lambda ids: ops.take(table(ids), ops.cast(ids, "int32"), axis=0)
+
+
+def _softmax(operation, args, kwargs):
+    """Along another axis than the last: moved there and back."""
+    rank, axis = len(args[0].shape), operation.axis
+    if not isinstance(axis, int) or axis % rank in (0, rank - 1):
+        return None
+    order = list(range(rank))
+    order[axis], order[-1] = order[-1], order[axis]
+    return lambda x, *_: ops.transpose(ops.softmax(ops.transpose(x, order), axis=-1), order)
+
+
+RULES = {
+    "Embedding": _embedding,
+    "RepeatVector": _repeat_vector,
+    "ops.Flip": _flip,
+    "ops.Moveaxis": _move_axes,
+    "ops.Repeat": _repeat,
+    "ops.Roll": _roll,
+    "ops.Softmax": _softmax,
+    "ops.Split": _split,
+    "ops.Swapaxes": _swap_axes,
+    "ops.Tile": _tile,
+    "ops.Unstack": _unstack,
+}

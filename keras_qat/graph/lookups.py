@@ -1,0 +1,143 @@
+"""Functions of single numbers: which there are, and how chains of them become one look-up.
+
+A look-up (256 results, one for each integer) makes any such function exact on every runtime. It takes three ops: CAST, ADD,
+GATHER. TFLite has single ops that look up too, for a few functions.
+"""
+
+import keras
+
+from keras_qat.graph.walk import Copies, fresh_inputs, key_of, nodes_of, readers_of, rebuild
+from keras_qat.primitives import Pointwise
+
+# Functions that LiteRT looks up in one op. TensorFlow Lite Micro has ABS and RSQRT only.
+SINGLE_OPS = {
+    "ops.Absolute": "ABS",
+    "ops.Exp": "EXP",
+    "ops.Gelu": "GELU",
+    "ops.Log": "LOG",
+    "ops.Rsqrt": "RSQRT",
+}
+LOOKUPS = {
+    f"ops.{name}"
+    for name in (
+        "Absolute", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctanh", "Cbrt", "Ceil", "Celu", "Clip", "Cos", "Cosh",
+        "Deg2rad", "Elu", "Erf", "Erfc", "Erfinv", "Exp", "Exp2", "Expm1", "Fabs", "Floor", "Gelu", "Greater",
+        "GreaterEqual", "HardShrink", "HardTanh", "I0", "Less", "LessEqual", "Log", "Log10", "Log1p", "Log2",
+        "LogSigmoid", "LogicalAnd", "LogicalNot", "LogicalOr", "NanToNum", "Power", "Rad2deg", "Reciprocal", "Round",
+        "Rsqrt", "Selu", "Sign", "Sin", "Sinc", "Sinh", "SoftShrink", "Softplus", "Softsign", "SparsePlus",
+        "SparseSigmoid", "Sqrt", "Squareplus", "Tan", "TanhShrink", "Threshold", "Trunc",
+    )
+}  # fmt: skip
+# Functions with an op of their own, which a look-up may take in.
+_NATIVE = {
+    "HardSwish", "Rescale", "ops.Add", "ops.Cast", "ops.Maximum", "ops.Minimum", "ops.Multiply", "ops.Relu", "ops.Relu6",
+    "ops.Sigmoid", "ops.Subtract", "ops.Tanh", "ops.Where",
+}  # fmt: skip
+_OPS_OF_A_LOOKUP = 3
+
+
+def needs_lookup(operation) -> bool:
+    return key_of(operation) in LOOKUPS
+
+
+def merge_lookups(model: keras.Model) -> keras.Model:
+    """Chains of pointwise operations that TFLite lacks become `Pointwise` layers; what it has stays where it is shorter."""
+    chains = _chains(model)
+    copies, inputs, new = Copies(), fresh_inputs(model, _dtypes(model)), {}
+    new.update(zip(map(id, model.inputs), keras.tree.flatten(inputs), strict=True))
+
+    def visit(node, args, kwargs):
+        result_id = id(node.outputs[0])
+        if result_id in chains:
+            root, nodes = chains[result_id]
+            result = Pointwise(_function(root, nodes), name=node.operation.name)(new[id(root)])
+        elif key_of(node.operation) == "Constant":
+            result = node.operation(
+                keras.tree.flatten(inputs)[0]
+            )  # its argument means nothing and shall hinder nothing
+        else:
+            result = copies[node.operation](*args, **kwargs)
+        new.update(zip(map(id, node.outputs), keras.tree.flatten(result), strict=True))
+        return result
+
+    return keras.Model(inputs, rebuild(model, visit, keras.tree.flatten(inputs)), name=model.name)
+
+
+def _dtypes(model) -> dict[str, str]:
+    """The types of the inputs: one that is only ever cast to whole numbers (the words of an Embedding) has that type."""
+    readers, found = readers_of(model), {}
+    for tensor in model.inputs:
+        types = {reader and reader.outputs[0].dtype for reader in readers.get(id(tensor), []) if _matters(reader)}
+        if types == {"int32"} or types == {"int64"}:
+            found[tensor._keras_history.operation.name] = "int32"
+    return found
+
+
+def _matters(reader) -> bool:
+    return reader is None or key_of(reader.operation) != "Constant"
+
+
+def _chains(model) -> dict[int, tuple]:
+    """Id of a tensor → the tensor it is a function of, number by number, and the nodes of that function."""
+    derived = _derived(model)
+    readers, found = readers_of(model), {}
+    for key, (root, nodes) in derived.items():
+        if not any(needs_lookup(node.operation) for node in nodes):
+            continue
+        ends_here = any(
+            reader is None or derived.get(id(reader.outputs[0]), (None,))[0] is not root
+            for reader in readers.get(key, [])
+        )
+        if ends_here and (len(nodes) == 1 or sum(map(_cost, nodes)) >= _OPS_OF_A_LOOKUP):
+            found[key] = (root, nodes)
+        elif ends_here:
+            for node in nodes:
+                if needs_lookup(node.operation):
+                    found[id(node.outputs[0])] = (node.input_tensors[0], (node,))
+    return found
+
+
+def _derived(model) -> dict[int, tuple]:
+    derived: dict[int, tuple] = {}
+    for node in nodes_of(model):
+        sources = [derived.get(id(tensor), (tensor, ())) for tensor in node.input_tensors]
+        roots = {id(root): root for root, _ in sources}
+        if len(roots) != 1 or not _is_pointwise(node, sources):
+            continue
+        (root,) = roots.values()
+        if node.outputs[0].shape == root.shape:
+            earlier = {id(one): one for _, nodes in sources for one in nodes}
+            derived[id(node.outputs[0])] = (root, (*earlier.values(), node))
+    return derived
+
+
+def _is_pointwise(node, sources) -> bool:
+    key = key_of(node.operation)
+    if key == "ChannelScale":
+        return node.operation.scalars is not None
+    if key in ("ops.Relu", "ops.Relu6") and not sources[0][1]:
+        return False  # it fuses into the op in front of it, and the look-up behind it has the finer grid
+    return key in LOOKUPS or key in _NATIVE
+
+
+def _cost(node) -> int:
+    """How many ops the operation takes on its own."""
+    if key_of(node.operation) in SINGLE_OPS or not needs_lookup(node.operation):
+        return 1
+    return _OPS_OF_A_LOOKUP
+
+
+def _on_numbers(operation):
+    if key_of(operation) != "ChannelScale":
+        return Copies()[operation]
+    multiplier, offset = operation.scalars
+    return lambda x: x * multiplier + offset
+
+
+def _function(root, nodes) -> keras.Model:
+    number = keras.Input((), dtype=root.dtype)
+    values = {id(root): number}
+    for node in nodes:
+        args, kwargs = node.arguments.fill_in(values)
+        values[id(node.outputs[0])] = _on_numbers(node.operation)(*args, **kwargs)
+    return keras.Model(number, values[id(nodes[-1].outputs[0])])

@@ -1,0 +1,29 @@
+"""Layers with weights, made from the weights of others."""
+
+import keras
+import numpy as np
+
+
+def dense_of(kernel, bias=None, trainable=False, name="dense", **options) -> keras.layers.Dense:
+    """A Dense with these weights.
+
+    Args:
+        kernel: (inputs, outputs), an array or a variable.
+        bias: One number per output, or None.
+        trainable: Whether they are learned.
+        name: What a person knows them by.
+        options: Of `keras.layers.Dense`: regularizers, constraints.
+    """
+    kernel = np.asarray(kernel, "float32")
+    layer = keras.layers.Dense(
+        kernel.shape[-1], use_bias=bias is not None, trainable=trainable, name=name, dtype="float32", **options
+    )
+    layer.build((None, kernel.shape[0]))
+    layer.kernel.assign(kernel)
+    if bias is not None:
+        layer.bias.assign(np.asarray(bias, "float32"))
+    return layer
+
+
+def is_learned(operand) -> bool:
+    return isinstance(operand, keras.Variable) and operand.trainable

@@ -1,0 +1,99 @@
+"""Layers that stand for integer ops which Keras itself has no layer for; lowerings are made of them."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_qat.graph.walk import key_of, nodes_of
+from keras_qat.layers import GridLayer
+
+# Functions with an infinite value or an infinite slope somewhere.
+_SINGULAR = {
+    f"ops.{name}"
+    for name in (
+        "Arccos", "Arccosh", "Arcsin", "Arctanh", "Cbrt", "Divide", "Erfinv", "Log", "Log10", "Log1p", "Log2", "Power",
+        "Reciprocal", "Rsqrt", "Sqrt", "Tan", "TrueDivide",
+    )
+}  # fmt: skip
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Pointwise(GridLayer):
+    """A function of single numbers. In the file it is a look-up among 256 results, so any function is exact.
+
+    Args:
+        function: A functional model from one number per sample to one, made of keras.ops.
+    """
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = keras.saving.deserialize_keras_object(function) if isinstance(function, dict) else function
+        self.is_singular = any(key_of(node.operation) in _SINGULAR for node in nodes_of(self.function))
+
+    def call(self, x, input_scale=None, output_scale=None):
+        flat = ops.reshape(x, (-1,))
+        result = self._function(flat) if not self.is_singular else self._finite(flat, input_scale)
+        return ops.reshape(result, ops.shape(x))
+
+    def _function(self, flat):
+        return ops.cast(self.function(flat), "float32")
+
+    def _finite(self, flat, step):
+        """Where the function is infinite, its value half a step of the grid further on; and at 0 its slope there."""
+        raw = ops.stop_gradient(self._function(flat))
+        is_finite = ops.isfinite(raw)
+        half = 1e-6 if step is None else 0.5 * step
+        near = self._function(ops.where(ops.logical_and(is_finite, flat != 0), flat, half))
+        return ops.where(is_finite, near + ops.stop_gradient(raw - near), near)
+
+    def get_config(self):
+        return {**super().get_config(), "function": keras.saving.serialize_keras_object(self.function)}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Constant(keras.layers.Layer):
+    """A tensor that comes from no input: a position embedding, the table of an Embedding.
+
+    It is called on any tensor, which it does not look at: a functional model has to reach it from its inputs.
+
+    Args:
+        values: Its numbers, or None for a layer whose weight is loaded.
+        shape: Of the weight, if there are no values.
+        trainable: Whether it is learned.
+    """
+
+    def __init__(self, values=None, shape=None, trainable=False, **kwargs):
+        super().__init__(**{**kwargs, "trainable": trainable, "dtype": "float32"})
+        self.values = None if values is None else np.asarray(values, "float32")
+        self.shape = tuple(shape) if values is None else self.values.shape
+
+    def build(self, input_shape=None):
+        initializer = "zeros" if self.values is None else lambda shape, dtype=None: ops.convert_to_tensor(self.values)
+        self.value = self.add_weight(name="value", shape=self.shape, initializer=initializer, trainable=self.trainable)
+
+    def call(self, x):
+        return ops.convert_to_tensor(self.value)
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(self.shape, "float32")
+
+    def get_config(self):
+        return {**super().get_config(), "shape": self.shape, "trainable": self.trainable}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Clamp(keras.layers.Layer):
+    """`min(max(x, low), high)` with `low <= 0 <= high`: the result's grid ends there, so it needs no op of its own."""
+
+    def __init__(self, low: float, high: float, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.low, self.high = low, high
+
+    def call(self, x):
+        return ops.clip(x, self.low, self.high)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "low": self.low, "high": self.high}

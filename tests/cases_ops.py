@@ -1,0 +1,99 @@
+"""keras.ops as people use them in models and custom layers: the table for the whole-path test of test_ops.py."""
+
+import numpy as np
+from cases import IMAGE, SERIES, VECTOR, Case
+from keras import layers, ops
+
+_MATRIX = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
+_TABLE = np.random.default_rng(1).normal(size=(16, 8)).astype("float32")
+
+
+def _positive(x):
+    return ops.square(x) + 0.3
+
+
+FUNCTIONS = [
+    Case(name, lambda x, f=f: f(x), (SERIES,))
+    for name, f in {
+        "abs": ops.abs,
+        "arctan": ops.arctan,
+        "celu": ops.celu,
+        "cos": ops.cos,
+        "elu": ops.elu,
+        "erf": ops.erf,
+        "exp": ops.exp,
+        "floor": ops.floor,
+        "gelu": ops.gelu,
+        "gelu_exact": lambda x: ops.gelu(x, approximate=False),
+        "hard_tanh": ops.hard_tanh,
+        "log": lambda x: ops.log(_positive(x)),
+        "log1p": lambda x: ops.log1p(ops.abs(x)),
+        "log_sigmoid": ops.log_sigmoid,
+        "mish": lambda x: x * ops.tanh(ops.softplus(x)),
+        "power": lambda x: ops.power(_positive(x), 1.7),
+        "power_2": lambda x: x**2,
+        "reciprocal": lambda x: 1.0 / (ops.abs(x) + 0.5),
+        "round": ops.round,
+        "rsqrt": lambda x: ops.rsqrt(_positive(x)),
+        "selu": ops.selu,
+        "sign": ops.sign,
+        "sin": ops.sin,
+        "softplus": ops.softplus,
+        "softsign": ops.softsign,
+        "sqrt": lambda x: ops.sqrt(_positive(x)),
+        "square": ops.square,
+        "where_of_one_tensor": lambda x: ops.where(x > 0.5, x, ops.sin(x)),
+    }.items()
+]
+ARITHMETIC = [
+    Case("negative", lambda x: -x, (SERIES,)),
+    Case("clip", lambda x: ops.clip(x, -1, 1), (SERIES,)),
+    Case("clip_of_a_dense", lambda x: ops.clip(layers.Dense(8)(x), -1.0, 1.5), (SERIES,)),
+    Case("clip_above_zero", lambda x: ops.clip(x, 0.5, 1), (SERIES,)),
+    Case("maximum_of_a_number", lambda x: ops.maximum(x, -0.5), (SERIES,)),
+    Case("divide", lambda x, y: x / (ops.abs(y) + 1.0), (SERIES, SERIES)),
+    Case("plus_array", lambda x: x + _TABLE, (SERIES,)),
+    Case("minus_array", lambda x: ops.subtract(_TABLE, x), (SERIES,)),
+    Case("times_column", lambda x: x * _TABLE[:, :1], (SERIES,)),
+    Case("matmul", lambda x, y: ops.matmul(x, ops.transpose(y, (0, 2, 1))), (SERIES, SERIES)),
+    Case("matmul_of_four_axes", lambda x, y: ops.matmul(x, y), ((2, 5, 8), (2, 8, 6))),
+    Case("matmul_by_array", lambda x: x @ _MATRIX, (SERIES,), True),
+]
+REDUCTIONS = [
+    Case("mean_of_last", lambda x: ops.mean(x, -1, keepdims=True), (SERIES,)),
+    Case("mean_of_last_squeezed", lambda x: ops.mean(x, -1), (SERIES,)),
+    Case("mean_of_steps", lambda x: ops.mean(x, 1), (SERIES,)),
+    Case("mean_of_few_steps", lambda x: ops.mean(x, 1), ((7, 8),)),
+    Case("mean_of_image", lambda x: ops.mean(x, (1, 2), keepdims=True)),
+    Case("mean_of_rows", lambda x: ops.mean(x, 1)),
+    Case("mean_of_all", lambda x: ops.mean(x, (1, 2, 3))),
+    Case("sum_of_steps", lambda x: ops.sum(x, 1), (SERIES,)),
+    Case("sum_of_last", lambda x: ops.sum(x, -1), (SERIES,)),
+    Case("max_of_steps", lambda x: ops.max(x, 1), (SERIES,)),
+    Case("min_of_last", lambda x: ops.min(x, -1, keepdims=True), (SERIES,)),
+    Case("variance", lambda x: ops.var(x, -1), (SERIES,)),
+    Case("deviation", lambda x: ops.std(x, 1), (SERIES,)),
+    Case("logsumexp", lambda x: ops.logsumexp(x, -1), (SERIES,)),
+    Case("log_softmax", lambda x: ops.log_softmax(x), (SERIES,)),
+]
+MOVES = [
+    Case("split", lambda x: ops.split(x, 2, -1)[1] * ops.split(x, 2, -1)[0], (SERIES,)),
+    Case("stack", lambda x, y: ops.stack([x, y], 2), (SERIES, SERIES)),
+    Case("unstack", lambda x: ops.unstack(x, axis=1)[3], (SERIES,)),
+    Case("take", lambda x: ops.take(x, [0, 3, -1], axis=1), (SERIES,)),
+    Case("where_of_a_mask", lambda x, y: ops.where(np.arange(8) % 2 == 0, x, y), (SERIES, SERIES)),
+    Case("repeat", lambda x: ops.repeat(x, 2, 1), (SERIES,)),
+    Case("tile", lambda x: ops.tile(x, (1, 2, 1)), (SERIES,)),
+    Case("flip", lambda x: ops.flip(x, 1), (SERIES,)),
+    Case("roll", lambda x: ops.roll(x, 3, 1), (SERIES,)),
+    Case("swapaxes", lambda x: ops.swapaxes(x, 1, 2), (SERIES,)),
+    Case("moveaxis", lambda x: ops.moveaxis(x, 1, -1)),
+    Case("softmax_of_steps", lambda x: layers.Softmax(axis=1)(x), (SERIES,)),
+    Case("repeat_vector", lambda x: layers.RepeatVector(4)(x), (VECTOR,)),
+    Case("expand_and_squeeze", lambda x: ops.squeeze(ops.expand_dims(x, 2) * 2.0, 2), (SERIES,)),
+    Case(
+        "space_to_depth",
+        lambda x: ops.reshape(ops.transpose(ops.reshape(x, (-1, 6, 2, 6, 2, 8)), (0, 1, 3, 2, 4, 5)), (-1, 6, 6, 32)),
+    ),
+]
+KERAS_OPS = [*FUNCTIONS, *ARITHMETIC, *REDUCTIONS, *MOVES]
