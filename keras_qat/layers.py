@@ -177,10 +177,10 @@ class ChannelScale(keras.layers.Layer):
         return input_shape
 
     def get_config(self):
-        lists = {"kernel": self.factors, "bias": self.offsets}
         return {
             **super().get_config(),
-            **{key: value.tolist() for key, value in lists.items()},
+            "kernel": self.factors.tolist(),
+            "bias": self.offsets.tolist() if self.use_bias else None,
             "trainable": self.learns,
         }
 
@@ -311,6 +311,8 @@ class Quantized(GridLayer):
     def call(self, x, input_scale=None, output_scale=None, training=None):
         if training or input_scale is None or _calibrating.get():
             return self._in_training(x, input_scale, output_scale, training)
+        if self._has_penalty(self.layer) or self._has_penalty(self.batch_norm):
+            self._in_training(x, input_scale, output_scale, training)  # for its losses
         integers = self.integers(input_scale, output_scale)
         sums = self._linear(ops.round(x / input_scale), integers.kernel) + integers.bias
         # Where steps are snapped to what kernels round alike, whole sums never lie closely below a half. A quarter of a
@@ -324,11 +326,24 @@ class Quantized(GridLayer):
         multiplier, offset = self.input_scaling
         if multiplier != 1.0 or offset != 0.0:
             y = y * multiplier + offset * self._kernel_sums(kernel)
+        self._penalize(self.layer, y)
         if self.batch_norm is None:
             return y
         if training and self.batch_norm.trainable and numerics.can_fuse_batch_norm(self.batch_norm, y):
-            return numerics.fused_batch_norm(self.batch_norm, y)
-        return self.batch_norm(y, training=training)
+            y = numerics.fused_batch_norm(self.batch_norm, y)
+        else:
+            y = self.batch_norm.call(y, training=training)
+        self._penalize(self.batch_norm, y)
+        return y
+
+    def _has_penalty(self, layer) -> bool:
+        return layer is not None and layer.activity_regularizer is not None
+
+    def _penalize(self, layer, y):
+        """Adds the loss of a layer's `activity_regularizer`, as Keras does where the layer itself is called."""
+        if self._has_penalty(layer):
+            loss = layer.activity_regularizer(y)
+            self.add_loss(ops.divide_no_nan(loss, ops.cast(ops.shape(y)[0], loss.dtype)))
 
     def _linear(self, x, kernel, bias=None):
         """The layer's own computation with `kernel` and `bias` in place of its variables."""

@@ -66,7 +66,7 @@ REDUCTIONS = [
     Case("mean_of_few_steps", lambda x: ops.mean(x, 1), ((7, 8),)),
     Case("mean_of_image", lambda x: ops.mean(x, (1, 2), keepdims=True)),
     Case("mean_of_rows", lambda x: ops.mean(x, 1)),
-    Case("mean_of_all", lambda x: ops.mean(x, (1, 2, 3))),
+    Case("mean_of_all", lambda x: ops.mean(x, (1, 2, 3), keepdims=True)),
     Case("sum_of_steps", lambda x: ops.sum(x, 1), (SERIES,)),
     Case("sum_of_last", lambda x: ops.sum(x, -1), (SERIES,)),
     Case("max_of_steps", lambda x: ops.max(x, 1), (SERIES,)),

@@ -8,6 +8,7 @@ import keras
 from keras import tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
+from keras_qat.graph.added_losses import collected, with_losses
 from keras_qat.graph.walk import clone, key_of, nodes_of, rebuild
 from tflite_export.program import unique_name
 
@@ -84,8 +85,9 @@ class _Tracer:
     def __init__(self, is_primitive, lowering_of):
         self.is_primitive, self.lowering_of = is_primitive, lowering_of
         self.problems: list[Problem] = []
-        self._lowerings: dict[int, object] = {}
+        self._lowerings: dict[object, tuple] = {}
         self._clones: dict[int, object] = {}
+        self._identities: dict[int, object] = {}
         self._names: set[str] = set()
 
     def visit(self, operation, args, kwargs, path):
@@ -93,14 +95,14 @@ class _Tracer:
         lowering = self._lowering_of(operation, args, kwargs)
         if lowering is not None:
             try:
-                return self._open_call(lowering, operation, args, kwargs, path)
+                return self._regularized(operation, self._open_call(lowering, operation, args, kwargs, path), path)
             except Exception as error:  # an `activation=` that only takes numbers
                 return self._leave_closed(operation, args, kwargs, path, _why_closed(operation, error))
         if self.is_primitive(operation):
             return self._call_copy(operation, args, kwargs, path)
         if isinstance(operation, (keras.Layer, keras.Function)):
             try:
-                return self.open(operation, args, kwargs, path)
+                return self._regularized(operation, self.open(operation, args, kwargs, path), path)
             except Exception as error:  # whatever a user's `call` raises on symbolic tensors
                 return self._leave_closed(operation, args, kwargs, path, _why_closed(operation, error))
         return self._leave_closed(operation, args, kwargs, path, _NO_FORM)
@@ -113,7 +115,7 @@ class _Tracer:
         return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
 
     def _open_call(self, call, composite, args, kwargs, path):
-        graph, tensors, outputs = _run_call(call, args, kwargs)
+        graph, tensors, outputs = _run_call(call, composite, args, kwargs)
         return outputs if graph is None else self._visit_graph(graph, tensors, composite, kwargs, path)
 
     def _visit_graph(self, graph, tensors, composite, kwargs, path):
@@ -132,13 +134,25 @@ class _Tracer:
 
         return rebuild(graph, visit, tensors)
 
+    def _regularized(self, operation, outputs, path):
+        """What was opened no longer is the layer that has an `activity_regularizer`; an Identity behind it has it."""
+        regularizer = getattr(operation, "activity_regularizer", None)
+        if regularizer is None:
+            return outputs
+        if id(operation) not in self._identities:
+            name = self._unique(_join(path, "activity"))
+            identity = keras.layers.Identity(activity_regularizer=regularizer, dtype="float32", name=name)
+            self._identities[id(operation)] = (operation, identity)
+        return tree.map_structure(self._identities[id(operation)][1], outputs)
+
     def _lowering_of(self, operation, args, kwargs):
-        """The operation's lowering; a layer's is made once, so that a layer called twice keeps sharing its weights."""
-        if not isinstance(operation, keras.Layer):
+        """The operation's lowering; one with weights is made once, so that what is called twice keeps sharing them."""
+        key = _identity(operation, args)
+        if key is None:
             return self.lowering_of(operation, args, kwargs)
-        if id(operation) not in self._lowerings:
-            self._lowerings[id(operation)] = (operation, self.lowering_of(operation, args, kwargs))
-        return self._lowerings[id(operation)][1]
+        if key not in self._lowerings:
+            self._lowerings[key] = (operation, self.lowering_of(operation, args, kwargs))
+        return self._lowerings[key][1]
 
     def _call_copy(self, operation, args, kwargs, path):
         if isinstance(operation, keras.Layer):
@@ -162,6 +176,17 @@ class _Tracer:
         return name
 
 
+def _identity(operation, args):
+    """What makes two calls the same as far as weights go: the layer, or the function and its variables; else None."""
+    if isinstance(operation, keras.Layer):
+        return id(operation)
+    variables = tuple(id(x) if isinstance(x, keras.Variable) else None for x in tree.flatten(args))
+    if not any(variables):
+        return None
+    options = {key: value for key, value in vars(operation).items() if not key.startswith("_") and key != "name"}
+    return type(operation), variables, repr(sorted(options.items()))
+
+
 class _Closed(keras.Operation):
     """Stands in for an operation that could not be opened, so that all problems are found in one go."""
 
@@ -182,7 +207,7 @@ def _functional_graph(composite):
     return composite if isinstance(composite, keras.Function) and key_of(composite) is not None else None
 
 
-def _run_call(call, args, kwargs):
+def _run_call(call, composite, args, kwargs):
     """Runs `call` on fresh symbolic tensors. Returns its graph, or (None, ..) if `call` just passes inputs through."""
     originals = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
     stand_ins = {id(x): keras.KerasTensor(x.shape, x.dtype) for x in originals}
@@ -194,7 +219,9 @@ def _run_call(call, args, kwargs):
         inner_kwargs = {key: value for key, value in inner_kwargs.items() if key in parameters}
     if "training" in parameters and parameters["training"].default is inspect.Parameter.empty:
         inner_kwargs.setdefault("training", None)
-    outputs = call(*inner_args, **inner_kwargs)
+    with collected(composite) as losses:
+        outputs = call(*inner_args, **inner_kwargs)
+    outputs = with_losses(outputs, losses, composite.name)
     back = {id(stand_ins[id(x)]): x for x in originals}
     if all(id(x) in back for x in tree.flatten(outputs)):
         return None, None, tree.map_structure(lambda x: back[id(x)], outputs)

@@ -30,7 +30,9 @@ def symbolic(activation):
 def _linear_copy(layer):
     activation, layer.activation = layer.activation, keras.activations.linear
     try:
-        return clone(layer)
+        copy = clone(layer)
+        copy.activity_regularizer = None  # it is for what comes out of the activation
+        return copy
     finally:
         layer.activation = activation
 

@@ -1,3 +1,223 @@
-"""Attention."""
+"""Attention: products of queries and keys, masked, through a softmax, as weights of the values."""
 
-RULES = {}
+import contextlib
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_qat.compounds import Mask
+from keras_qat.graph.lower import contractions
+from keras_qat.graph.lower.weights import dense_of
+from keras_qat.layers import ChannelScale
+from keras_qat.primitives import Constant
+
+# What code puts in for masked scores, or adds to them, is far below this; no score is.
+_BELOW_ALL_SCORES = -1e3
+
+
+def _dot_product_attention(operation, args, kwargs):
+    """`softmax(q · kᵀ · scale + bias) · v` for each head.
+
+    Heads that share a key and a value become more rows of one head, so that neither has to be repeated.
+    """
+    is_causal = operation.is_causal
+
+    def attend(query, key, value, bias=None, mask=None, scale=None):
+        (length, heads, size), (places, groups) = query.shape[1:], key.shape[1:3]
+        shape = (groups, heads // groups * length)
+        bias, mask = _split(bias, mask, _causal_mask(length, places) if is_causal else None)
+        bias, mask = (_by_group(one, heads, length, (*shape, places)) for one in (bias, mask))
+        rows = _reshaped(ops.transpose(query, (0, 2, 1, 3)), (-1, *shape, size))
+        scores = ops.matmul(rows, ops.transpose(key, (0, 2, 3, 1))) * (size**-0.5 if scale is None else float(scale))
+        weights = ops.softmax(masked(scores if bias is None else scores + bias, mask), axis=-1)
+        result = ops.matmul(weights, ops.transpose(value, (0, 2, 1, 3)))
+        return ops.transpose(_reshaped(result, (-1, heads, length, value.shape[-1])), (0, 2, 1, 3))
+
+    return attend
+
+
+def _reshaped(x, shape):
+    return x if tuple(x.shape[1:]) == tuple(shape[1:]) else ops.reshape(x, shape)
+
+
+def _by_group(added, heads, length, shape):
+    """A bias or mask that broadcasts to (batch, heads, length, places), for scores of another shape."""
+    if added is None or shape[0] == heads:
+        return added
+    whole = (heads, length, shape[-1])
+    if isinstance(added, keras.KerasTensor):
+        return ops.reshape(ops.broadcast_to(added, (added.shape[0], *whole)), (-1, *shape))
+    return np.broadcast_to(added, (1, *whole)).reshape(1, *shape)
+
+
+def _causal_mask(length: int, places: int) -> np.ndarray:
+    return np.tril(np.ones((length, places), bool))
+
+
+def _split(bias, *masks):
+    """The bias without what only masks, and one mask of everything that does; each None if nothing is left of it."""
+    if isinstance(bias, keras.KerasTensor) or bias is None:
+        return bias, _all_of(*masks)
+    keep, bias = additive_mask(bias), np.asarray(bias, "float32")
+    if keep is not None:
+        bias = np.where(keep, bias, 0.0)
+    return (bias if np.any(bias) else None), _all_of(keep, *masks)
+
+
+def _all_of(*masks):
+    given = [_constant(mask) for mask in masks if mask is not None]
+    return functools.reduce(np.logical_and, given) if given else None
+
+
+def _constant(mask) -> np.ndarray:
+    if isinstance(mask, keras.KerasTensor):
+        raise ValueError("The mask is computed by the model. Expected: a constant mask.")
+    return np.asarray(mask, bool)
+
+
+def additive_mask(values) -> np.ndarray | None:
+    """Which scores a constant that is added to them leaves in sight; None if it masks nothing."""
+    keep = np.asarray(values, "float32") > _BELOW_ALL_SCORES
+    return None if np.all(keep) else keep
+
+
+def masked(scores, keep):
+    """`scores` where `keep` is true, out of the softmax's sight elsewhere."""
+    if keep is None or np.all(keep):
+        return scores
+    keep = _constant(keep)
+    keep = keep.reshape((1,) * (len(scores.shape) - keep.ndim) + keep.shape)
+    if keep.shape[0] != 1 or not np.all(np.any(keep, axis=-1)):
+        raise ValueError(
+            "Expected a mask that is the same for all samples and leaves something to each row. Received: "
+            f"shape {keep.shape}, {int(np.sum(~np.any(keep, axis=-1)))} rows with nothing."
+        )
+    return Mask(keep, name="mask")(scores)
+
+
+def _where(operation, args, kwargs):
+    """With a constant mask: scores out of the softmax's sight, or a choice between a tensor and a constant."""
+    condition, *sides = [*args, *kwargs.values()]
+    tensors = [isinstance(side, keras.KerasTensor) for side in sides]
+    if isinstance(condition, keras.KerasTensor) or len(sides) != 2 or all(tensors) or not any(tensors):
+        return None
+    at, condition = tensors.index(True), np.asarray(condition, bool)
+    values = np.asarray(sides[1 - at], "float32")
+    if np.all(values <= _BELOW_ALL_SCORES):
+        return lambda _, x, y: masked((x, y)[at], condition if at == 0 else ~condition)
+    constant = Constant(values.reshape((1,) * max(1 - values.ndim, 0) + values.shape), name="constant")
+    if at == 0:
+        return lambda _, x, y: ops.where(condition, x, constant(x))
+    return lambda _, x, y: ops.where(condition, constant(y), y)
+
+
+def _softmax_layer(layer, args, kwargs):
+    """With a constant mask; over several axes at once as over one that holds them all."""
+    axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+
+    def softmax(inputs, mask=None):
+        rank = len(inputs.shape)
+        first = min(axis % rank for axis in axes)
+        if sorted(axis % rank for axis in axes) != list(range(first, rank)):
+            if len(axes) > 1 or mask is not None:
+                raise ValueError(f"Expected the last axes. Received: axis={layer.axis} of {rank}.")
+            return ops.softmax(inputs, axis=axes[0])
+        if mask is not None:
+            mask = np.broadcast_to(_constant(mask), (1, *inputs.shape[1:])).reshape(1, *inputs.shape[1:first], -1)
+        scores = _reshaped(inputs, (-1, *inputs.shape[1:first], int(np.prod(inputs.shape[first:]))))
+        return _reshaped(ops.softmax(masked(scores, mask), axis=-1), (-1, *inputs.shape[1:]))
+
+    return softmax
+
+
+def _multi_head_attention(layer, args, kwargs):
+    """The layer's own call, told the causal mask: inside of it the length of its sequences is unknown.
+
+    Of a GroupQueryAttention without the repeats of keys and values, where `dot_product_attention` follows, which does
+    without them.
+    """
+
+    @functools.wraps(layer.call)
+    def attend(query, value, key=None, attention_mask=None, use_causal_mask=False, **kwargs):
+        if use_causal_mask:
+            causal = _causal_mask(query.shape[1], value.shape[1])[None]
+            attention_mask = causal if attention_mask is None else causal & _constant(attention_mask)
+        takes_scores = kwargs.get("return_attention_scores") or getattr(layer, "dropout", 0) > 0
+        repeats = getattr(layer, "num_repeats", 1)
+        with _attribute(layer, num_repeats=repeats if takes_scores else 1):
+            return layer.call(query, value, key=key, attention_mask=attention_mask, **kwargs)
+
+    return attend
+
+
+@contextlib.contextmanager
+def _attribute(layer, **values):
+    """A layer's attributes set for a while."""
+    before = {name: getattr(layer, name) for name in values if hasattr(layer, name)}
+    for name in before:
+        setattr(layer, name, values[name])
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(layer, name, value)
+
+
+def _attention(layer, args, kwargs):
+    """`keras.layers.Attention` and `AdditiveAttention`."""
+    adds = isinstance(layer, keras.layers.AdditiveAttention) or layer.score_mode == "concat"
+    scores_of = _additive_scores(layer, args[0][0].shape[-1]) if adds else _product_scores(layer)
+    dropout = keras.layers.Dropout(layer.dropout, name="dropout") if layer.dropout > 0 else None
+
+    def attend(inputs, mask=None, training=None, return_attention_scores=False, use_causal_mask=False):
+        query, value, key = inputs[0], inputs[1], inputs[-1]
+        if any(one is not None for one in mask or ()):
+            raise ValueError("The mask is computed by the model. Expected: a constant mask.")
+        scores = scores_of(query, key)
+        weights = ops.softmax(masked(scores, _causal_mask(*scores.shape[-2:]) if use_causal_mask else None), axis=-1)
+        result = ops.matmul(weights if dropout is None else dropout(weights), value)
+        return (result, weights) if return_attention_scores else result
+
+    return attend
+
+
+def _product_scores(layer):
+    scaled = _scaled(layer)
+    return lambda query, key: ops.matmul(scaled(query), ops.transpose(key, (0, 2, 1)))
+
+
+def _additive_scores(layer, features):
+    """`Σ w · tanh(scale · (q + k))` over the features: a Dense with one output, behind a tanh."""
+    if isinstance(layer, keras.layers.AdditiveAttention):
+        weights, scaled = np.ones(features) if layer.scale is None else layer.scale, lambda x: x
+    else:
+        weights, scaled = np.full(features, np.asarray(layer.concat_score_weight)), _scaled(layer)
+    is_learned = layer.trainable and bool(layer.weights)
+    total = dense_of(np.reshape(np.asarray(weights), (features, 1)), trainable=is_learned, name="score")
+
+    def scores_of(query, key):
+        both = ops.expand_dims(query, -2) + ops.expand_dims(key, -3)
+        return ops.squeeze(total(ops.tanh(scaled(both))), axis=-1)
+
+    return scores_of
+
+
+def _scaled(layer):
+    """The layer's learned factor: one number in Keras, here one for each feature, all starting from it."""
+    if layer.scale is None:
+        return lambda x: x
+    return ChannelScale(np.asarray(layer.scale), trainable=layer.trainable, name="scale")
+
+
+RULES = {
+    **contractions.RULES,
+    "AdditiveAttention": _attention,
+    "Attention": _attention,
+    "GroupedQueryAttention": _multi_head_attention,
+    "MultiHeadAttention": _multi_head_attention,
+    "Softmax": _softmax_layer,
+    "ops.DotProductAttention": _dot_product_attention,
+    "ops.Where": _where,
+}

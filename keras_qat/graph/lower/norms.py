@@ -1,3 +1,200 @@
-"""Normalizations that look at each sample."""
+"""Normalizations by the statistics of each sample."""
 
-RULES = {}
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_qat.compounds import InverseRoot
+from keras_qat.graph.lower.weights import dense_of, is_learned
+from keras_qat.graph.walk import clone
+from keras_qat.layers import ChannelScale
+from keras_qat.primitives import Constant
+
+
+def _layer_norm(layer, args, kwargs):
+    if layer.rms_scaling:
+        return None
+    affine = _affine(layer.gamma, layer.beta, layer.trainable, layer.name)
+    return lambda inputs: _normalized(inputs, layer.axis, layer.epsilon, affine, centred=True)
+
+
+def _layer_norm_op(operation, args, kwargs):
+    if operation.rms_scaling or _computed(args[1:], kwargs):
+        return None
+
+    def normalize(x, gamma=None, beta=None):
+        affine = _affine(gamma, beta, is_learned(gamma) or is_learned(beta), operation.name)
+        return _normalized(x, operation.axis, _epsilon(operation), affine, centred=True)
+
+    return normalize
+
+
+def _rms_norm(layer, args, kwargs):
+    affine = _affine(layer.scale, None, layer.trainable, layer.name)
+    return lambda x: _normalized(x, layer.axis, layer.epsilon, affine)
+
+
+def _rms_norm_op(operation, args, kwargs):
+    if _computed(args[1:], kwargs):
+        return None
+
+    def normalize(x, scale=None):
+        affine = _affine(scale, None, is_learned(scale), operation.name)
+        return _normalized(x, operation.axis, _epsilon(operation), affine)
+
+    return normalize
+
+
+def _computed(args, kwargs) -> bool:
+    """Whether the factors come out of the model instead of being weights."""
+    return any(isinstance(x, keras.KerasTensor) for x in (*args, *kwargs.values()))
+
+
+def _epsilon(operation) -> float:
+    return keras.config.epsilon() if operation.epsilon is None else operation.epsilon
+
+
+def _normalized(x, axes, epsilon, affine, centred=False):
+    """Each row over `axes` divided by its root mean square, its mean taken off first if `centred`.
+
+    `√n · d / √(Σd² + n·ε)`: the sum of squares is a matrix product of the row with itself, which adds up exactly. Squares
+    on a grid of their own would lose the rows that are small next to others.
+    """
+    rows, restored = _rows(x, axes)
+    if centred:
+        rows = rows - ops.mean(rows, axis=-1, keepdims=True)
+    count = rows.shape[-1]
+    inverse = InverseRoot(count * epsilon, name="inverse_root")(_sum_of_squares(rows))
+    return restored(affine(ops.multiply(rows * inverse, math.sqrt(count))))
+
+
+def _sum_of_squares(rows):
+    return ops.matmul(rows, ops.transpose(rows, (0, 1, 3, 2)))
+
+
+def _rows(x, axes):
+    """`x` as (batch, rows, 1, the values over `axes`), and the function that brings such a tensor back to its form."""
+    rank = len(x.shape)
+    axes = sorted(axis % rank for axis in ([axes] if isinstance(axes, int) else axes))
+    others = [axis for axis in range(1, rank) if axis not in axes]
+    order = [0, *others, *axes]
+    sizes = [x.shape[axis] for axis in order[1:]]
+    in_order = order == list(range(rank))
+    x = x if in_order else ops.transpose(x, order)
+    back = [int(axis) for axis in np.argsort(order)]
+
+    def restored(rows):
+        y = ops.reshape(rows, (-1, *sizes))
+        return y if in_order else ops.transpose(y, back)
+
+    split = len(others)
+    return ops.reshape(x, (-1, math.prod(sizes[:split]), 1, math.prod(sizes[split:]))), restored
+
+
+def _affine(gamma, beta, trainable, name):
+    """`y · gamma + beta` per channel; either may be missing."""
+    gamma, beta = (None if values is None else np.ravel(np.asarray(values, "float32")) for values in (gamma, beta))
+    if gamma is not None:
+        return ChannelScale(gamma, beta, trainable=trainable, name=name)
+    if beta is None:
+        return lambda y: y
+    constant = Constant(beta, trainable=trainable, name=name)
+    return lambda y: y + constant(y)
+
+
+def _group_norm(layer, args, kwargs):
+    """Means over the image first, then over the channels of each group, written back to all of them."""
+    rank = len(args[0].shape)
+    if layer.axis % rank != rank - 1:
+        return None
+    channels, affine = args[0].shape[-1], _affine(layer.gamma, layer.beta, layer.trainable, layer.name)
+    mean, variance = (_group_mean(channels, layer.groups, name) for name in ("mean", "variance"))
+
+    def normalize(x):
+        image = x if rank in (3, 4) else ops.reshape(x, (-1, math.prod(x.shape[1:-1]), channels))
+        centred = image - mean(image)
+        inverse = InverseRoot(layer.epsilon, name="inverse_root")(variance(ops.square(centred)))
+        y = affine(centred * inverse)
+        return y if rank in (3, 4) else ops.reshape(y, (-1, *x.shape[1:]))
+
+    return normalize
+
+
+def _group_mean(channels: int, groups: int, name: str):
+    """The mean of an image over each group of channels, for every channel of the group."""
+    size = channels // groups
+    averages = np.kron(np.eye(groups), np.full((size, size), 1 / size))
+    dense = None if size == 1 else dense_of(averages[:, :1] if groups == 1 else averages, name=name)
+
+    def mean(image):
+        pooled = ops.mean(image, axis=tuple(range(1, len(image.shape) - 1)), keepdims=True)
+        return pooled if dense is None else dense(pooled)
+
+    return mean
+
+
+def _unit_norm(layer, args, kwargs):
+    return lambda inputs: ops.normalize(inputs, axis=layer.axis, order=2, epsilon=1e-12)
+
+
+def _normalize(operation, args, kwargs):
+    """`x / max(norm(x), epsilon)`."""
+    axes, epsilon = operation.axis, _epsilon(operation)
+    if axes is None:
+        return None  # over the batch too
+    if operation.order == 1:
+        return lambda x: x / ops.maximum(ops.sum(ops.abs(x), axis=axes, keepdims=True), epsilon)
+    if operation.order != 2:
+        return None
+
+    def normalize(x):
+        rows, restored = _rows(x, axes)
+        return restored(rows * InverseRoot(floor=epsilon**2, name="inverse_root")(_sum_of_squares(rows)))
+
+    return normalize
+
+
+def _spectral_norm(layer, args, kwargs):
+    """The layer inside, its kernel divided by its largest singular value after each training step."""
+    inner = layer.layer
+    what = "kernel_constraint" if hasattr(inner, "kernel_constraint") else "embeddings_constraint"
+    before = getattr(inner, what)
+    setattr(inner, what, UnitSpectralNorm(layer.power_iterations))
+    try:
+        return clone(inner)
+    finally:
+        setattr(inner, what, before)
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class UnitSpectralNorm(keras.constraints.Constraint):
+    """A kernel divided by its largest singular value, found by power iteration from its largest column."""
+
+    def __init__(self, power_iterations: int = 1):
+        self.power_iterations = power_iterations
+
+    def __call__(self, kernel):
+        matrix = ops.reshape(kernel, (-1, kernel.shape[-1]))
+        right = ops.one_hot(ops.argmax(ops.sum(ops.square(matrix), axis=0)), kernel.shape[-1], dtype="float32")[:, None]
+        for _ in range(self.power_iterations + 4):
+            left = ops.normalize(matrix @ right, axis=0)
+            right = ops.normalize(ops.transpose(matrix) @ left, axis=0)
+        largest = ops.norm(matrix @ right)
+        return kernel / ops.where(largest > 0, largest, 1.0)
+
+    def get_config(self):
+        return {"power_iterations": self.power_iterations}
+
+
+RULES = {
+    "GroupNormalization": _group_norm,
+    "LayerNormalization": _layer_norm,
+    "RMSNormalization": _rms_norm,
+    "SpectralNormalization": _spectral_norm,
+    "UnitNormalization": _unit_norm,
+    "ops.LayerNorm": _layer_norm_op,
+    "ops.Normalize": _normalize,
+    "ops.RMSNorm": _rms_norm_op,
+}
