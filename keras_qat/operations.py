@@ -10,12 +10,14 @@ To add an op, add a row here and a function to graph/emit.py that writes it. The
     clamp    relu and its like: fused into the op in front of it where that op can, one range behind it
     train    does something in training only, and is not in the file
     index    whole numbers that count something (the winner of an argmax), not values on a grid
+    float    stays in float, because a rule says so
     constant a tensor that comes from no input, on a range of its own
     look-up  a function of single numbers; `graph/lookups.py` makes a `Pointwise` of it, with a range of its own
 """
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 
 import keras
@@ -246,7 +248,7 @@ OPERATIONS: dict[str, Row] = {
     "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", emit.conv_2d_transpose, (2,), True, refuses=_transposed),
     "ChannelScale": Row("DEPTHWISE_CONV_2D / ADD", "own", emit.channel_scale, channels=(0,), fuses=True),
     "Rescale": Row("MUL", lambda node: "scaled" if node.operation.same_grid else "own", emit.rescale, fuses=True),
-    "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", refuses=_batch_norm),
+    "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", emit.batch_norm, refuses=_batch_norm),
     # arithmetic
     "ops.Add": Row("ADD", "own", emit.add, fuses=True, refuses=_two_tensors),
     "ops.Subtract": Row("SUB", "own", emit.subtract, fuses=True, refuses=_two_tensors),
@@ -257,7 +259,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Relu": Row("RELU", "clamp", emit.relu, activation="RELU"),
     "ops.Relu6": Row("RELU6", "clamp", emit.relu6, activation="RELU6"),
     "ops.ReLU": Row("RELU", "clamp", emit.relu, refuses=_relu_with_options, activation="RELU"),
-    "Clamp": Row("the end of a grid, or MUL", "clamp"),
+    "Clamp": Row("the end of a grid, or MUL", "clamp", emit.clamp),
     "ops.Clip": Row("CAST + ADD + GATHER", "look-up", refuses=_one_tensor),
     "HardSwish": Row("HARD_SWISH", "own", emit.hard_swish),
     "ops.Sigmoid": _SIGMOID,
@@ -291,6 +293,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Where": Row("SELECT_V2", "same", emit.select, refuses=_selects),
     "ops.BroadcastTo": Row("BROADCAST_TO", "same", emit.broadcast, refuses=_keeps_batch_of_one),
     "Constant": Row("-", "constant", emit.constant_tensor),
+    "InFloat": Row("float", "float", lambda call: emit_in_float(call)),
     # products and reductions
     "ops.Matmul": Row("BATCH_MATMUL", "own", emit.batch_matmul, refuses=_matmuls, factors=_both_inputs),
     "ops.Mean": Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, refuses=_reduces, factors=_mean_factors),
@@ -305,6 +308,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Cast": _TRAINING_ONLY,
     "ops.Identity": _TRAINING_ONLY,
     "ActivityRegularization": _TRAINING_ONLY,
+    "AddedLoss": _TRAINING_ONLY,
     "AlphaDropout": _TRAINING_ONLY,
     "Dropout": _TRAINING_ONLY,
     "SpatialDropout1D": _TRAINING_ONLY,
@@ -336,6 +340,15 @@ OPERATIONS: dict[str, Row] = {
         ]
     },
 }
+
+
+def emit_in_float(call) -> None:
+    """Writes an operation that a rule leaves in float, by the function of its own row."""
+    inner, node = call.operation.operation, call.node
+    node = types.SimpleNamespace(
+        operation=inner, arguments=node.arguments, input_tensors=node.input_tensors, outputs=node.outputs
+    )
+    OPERATIONS[key_of(inner)].emit(dataclasses.replace(call, operation=inner, node=node))
 
 
 def row_of(operation) -> Row | None:

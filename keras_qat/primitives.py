@@ -97,3 +97,28 @@ class Clamp(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "low": self.low, "high": self.high}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class InFloat(keras.layers.Layer):
+    """An operation that stays in float, because a `kq.Rule` says so.
+
+    Args:
+        operation: A layer, or an operation of keras.ops.
+    """
+
+    def __init__(self, operation, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.operation = keras.saving.deserialize_keras_object(operation) if isinstance(operation, dict) else operation
+
+    def build(self, *args, **kwargs):
+        """The operation was built before it came in here."""
+
+    def call(self, *args, **kwargs):
+        return self.operation(*args, **kwargs)
+
+    def compute_output_spec(self, *args, **kwargs):
+        return self.operation.compute_output_spec(*args, **kwargs)
+
+    def get_config(self):
+        return {**super().get_config(), "operation": keras.saving.serialize_keras_object(self.operation)}

@@ -63,14 +63,14 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
 class Rule:
     """Gives the layers whose path matches `pattern` (shell-style: `*`, `?`, `[ab]`) a scheme of their own.
 
-    Rules stand in a list; the first match wins.
+    Rules stand in a list; the first match wins. A scheme of None leaves the layers in float.
 
     Example:
         `kq.quantize(model, rules=[kq.Rule("head/*", kq.Scheme(weights=kq.Spec(bits=4, symmetric=True)))])`
     """
 
     pattern: str
-    scheme: str | Scheme
+    scheme: str | Scheme | None
 
 
 class Rules:
@@ -82,11 +82,12 @@ class Rules:
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise ValueError(f"rules is a list of kq.Rule. Received: {rule!r}")
-        self._rules = [(rule, resolve_scheme(rule.scheme)) for rule in rules]
+        self._rules = [(rule, None if rule.scheme is None else resolve_scheme(rule.scheme)) for rule in rules]
         self._default = default
         self._used: set[str] = set()
 
-    def scheme_of(self, path: str) -> Scheme:
+    def scheme_of(self, path: str) -> Scheme | None:
+        """The scheme of a layer, None where it stays in float."""
         for rule, scheme in self._rules:
             if fnmatch.fnmatchcase(path, rule.pattern):
                 self._used.add(rule.pattern)

@@ -41,12 +41,14 @@ def _conv_2d(op, program):
         return 8 if op.options.get("quantizedBiasType") else 4
     if data.shape[-1] != weights.shape[-1]:
         return 6  # grouped
-    return 7 if weights.dtype == "int4" else 3
+    return {"int4": 7, "float32": 1}.get(weights.dtype, 3)
 
 
 def _depthwise_conv_2d(op, program):
     if _dtype(program, op, 0) == "int16":
         return 5
+    if _dtype(program, op, 0) == "float32":
+        return 2 if max(op.options["dilationWFactor"], op.options["dilationHFactor"]) > 1 else 1
     return 7 if _dtype(program, op, 1) == "int4" else 3
 
 
@@ -55,7 +57,7 @@ def _fully_connected(op, program):
         return 11 if op.options.get("quantizedBiasType") else 7
     if _dtype(program, op, 1) == "int4":
         return 10
-    return 5 if op.options.get("keepNumDims") else 4
+    return 5 if op.options.get("keepNumDims") else 1 if _dtype(program, op, 0) == "float32" else 4
 
 
 def _transpose_conv(op, program):
@@ -68,17 +70,23 @@ def _mul(op, program):
     first, second, output = (program.tensors[name] for name in (*op.inputs, *op.outputs))
     if first.dtype == "int16":
         return 4
+    if not output.scale:
+        return 1
     return 3 if first.scale[0] * second.scale[0] / output.scale[0] >= 1 else 2
 
 
 def _resize(op, program):
     if _dtype(program, op, 0) == "int16":
         return 4
-    return 3 if op.options.get("halfPixelCenters") or op.options.get("alignCorners") else 2
+    if op.options.get("halfPixelCenters") or op.options.get("alignCorners"):
+        return 3
+    return 2 if _dtype(program, op, 0) == "int8" else 1
 
 
 def _strided_slice(op, program):
-    return 4 if len(program.tensors[op.inputs[0]].shape) > 4 else 2
+    if len(program.tensors[op.inputs[0]].shape) > 4:
+        return 4
+    return 2 if _dtype(program, op, 0) == "int8" else 1
 
 
 def _by_rank(first_version_above_4):
@@ -96,7 +104,9 @@ def _binary(above_4):
         shapes = [program.tensors[name].shape for name in op.inputs]
         if _dtype(program, op, 0) == "int16":
             return above_4 + (1 if above_4 == 3 else 0)
-        return above_4 if shapes[0] != shapes[1] and max(map(len, shapes)) > 4 else 2
+        if shapes[0] != shapes[1] and max(map(len, shapes)) > 4:
+            return above_4
+        return 2 if _dtype(program, op, 0) == "int8" else 1
 
     return version
 
@@ -116,13 +126,16 @@ BUILTINS: dict[str, Builtin] = {
     "AVERAGE_POOL_2D": Builtin("Pool2DOptions", int8=2, int16=3),
     "BATCH_MATMUL": Builtin("BatchMatMulOptions", int8=2, int16=3),
     "CAST": Builtin("CastOptions", int8=3),
+    "CEIL": Builtin(),
     "CONCATENATION": Builtin("ConcatenationOptions", int8=2, int16=3),
     "CONV_2D": Builtin("Conv2DOptions", version=_conv_2d),
+    "COS": Builtin(),
     "DEPTHWISE_CONV_2D": Builtin("DepthwiseConv2DOptions", version=_depthwise_conv_2d),
     "DEPTH_TO_SPACE": Builtin("DepthToSpaceOptions", int8=2),
     "DEQUANTIZE": Builtin("DequantizeOptions", int8=2, int16=3),
     "ELU": Builtin(),
     "EXP": Builtin("ExpOptions", int8=2, micro=False),
+    "FLOOR": Builtin(),
     "FULLY_CONNECTED": Builtin("FullyConnectedOptions", version=_fully_connected),
     "GATHER": Builtin("GatherOptions", int8=2, int16=4),
     "GELU": Builtin("GeluOptions", int8=2, micro=False),
@@ -147,9 +160,11 @@ BUILTINS: dict[str, Builtin] = {
     "RESHAPE": Builtin("ReshapeOptions"),
     "RESIZE_BILINEAR": Builtin("ResizeBilinearOptions", version=_resize),
     "RESIZE_NEAREST_NEIGHBOR": Builtin("ResizeNearestNeighborOptions", version=_resize),
+    "ROUND": Builtin(),
     "RSQRT": Builtin(int8=2, int16=3),
     "SELECT_V2": Builtin("SelectV2Options"),
     "SHAPE": Builtin("ShapeOptions"),
+    "SIN": Builtin(),
     "SOFTMAX": Builtin("SoftmaxOptions", int8=2, int16=3),
     "SPACE_TO_DEPTH": Builtin("SpaceToDepthOptions", int8=2),
     "SPLIT": Builtin("SplitOptions", int8=2, int16=4, typed_by=1),

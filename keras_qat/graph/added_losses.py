@@ -80,7 +80,7 @@ def _sources(losses: list) -> list:
 def _node_of(tensor):
     """The keras.ops call that makes a tensor; None if a layer makes it, or one with weights among its arguments."""
     history = getattr(tensor, "_keras_history", None)
-    if history is None or isinstance(history.operation, keras.Layer):
+    if history is None or history.operation is None or isinstance(history.operation, keras.Layer):
         return None
     node = history.operation._inbound_nodes[history.node_index]
     arguments = tree.flatten((node.arguments.args, node.arguments.kwargs))
@@ -90,4 +90,6 @@ def _node_of(tensor):
 def _function(sources, losses) -> keras.Model:
     inputs = [keras.Input(batch_shape=tensor.shape, dtype=tensor.dtype) for tensor in sources]
     graph = keras.Function(sources, losses)
-    return keras.Model(inputs, rebuild(graph, lambda node, args, kwargs: clone(node.operation)(*args, **kwargs), inputs))
+    return keras.Model(
+        inputs, rebuild(graph, lambda node, args, kwargs: clone(node.operation)(*args, **kwargs), inputs)
+    )

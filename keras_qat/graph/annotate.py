@@ -80,12 +80,15 @@ class _Flow:
         self.kinds = {id(node): row_of_node(node).range_kind(node) for node in self.nodes}
         self.root = {id(tensor): tensor for tensor in model.inputs}
         self.readers: dict[int, int] = {}
+        self.on_grid: set[int] = set()  # ids of the tensors that an integer op reads
         for node in self.nodes:
             is_gone = self.kinds[id(node)] == "train"
             for tensor in node.outputs:
                 self.root[id(tensor)] = self.root[id(node.input_tensors[0])] if is_gone else tensor
             if not is_gone and self.kinds[id(node)] != "constant":
                 self._count(node.input_tensors)
+                if self.kinds[id(node)] != "float":
+                    self.on_grid.update(id(self.root[id(tensor)]) for tensor in node.input_tensors)
         self._count(model.outputs)
 
     def _count(self, tensors):
@@ -142,6 +145,8 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         limits = input_ranges.get(name)
         if is_index(tensor):
             continue
+        if id(tensor) not in flow.on_grid:
+            continue
         place = flow.behind_augmentation(tensor)
         result.sites[id(place)] = Site(name, "fixed" if limits else "observed", limits)
     for node in flow.nodes:
@@ -149,7 +154,9 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         if kind in _SHARING:
             for source in flow.sources(node):
                 groups.join(source, output)
-        if kind not in ("same", "train", "index"):
+        if kind == "float" and output in flow.on_grid:
+            result.sites[output] = Site(node.operation.name)
+        if kind not in ("same", "train", "index", "float"):
             result.sites[output] = _site(node, kind)
         if kind == "clamp" and flow.fuses(node):
             (source,) = flow.sources(node)
@@ -160,6 +167,11 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         site = result.sites.get(id(flow.root[id(tensor)]))
         if site is not None:
             site.is_output = True
+    if not result.sites:
+        raise ValueError(
+            "Nothing of the model is left to quantize: its rules leave every layer in float. Expected a rule with None "
+            "to match some layers only."
+        )
     _form_groups(result, lambda key: groups.find(id(flow.root[key])), flow.root)
     return result
 
@@ -230,7 +242,9 @@ class _Annotator:
 
     def rebuilt(self, model: keras.Model) -> keras.Model:
         inputs = fresh_inputs(model)
-        self.given = {id(tensor) for tensor in tree.flatten(inputs)}  # tensors whose integers the file holds or is given
+        self.given = {
+            id(tensor) for tensor in tree.flatten(inputs)
+        }  # tensors whose integers the file holds or is given
         begun = [self._behind(old, new) for old, new in zip(model.inputs, tree.flatten(inputs), strict=True)]
         return keras.Model(inputs, rebuild(model, self._visit, begun), name=model.name)
 

@@ -11,7 +11,8 @@ import keras
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_qat.graph.lookups import SINGLE_OPS
+from keras_qat import numerics
+from keras_qat.graph.lookups import FLOAT_OPS, SINGLE_OPS
 from keras_qat.graph.walk import key_of, nodes_of
 from tflite_export import Op, Program, Tensor
 from tflite_export.ops import BUILTINS
@@ -50,6 +51,11 @@ class Call:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.program.tensors[name].shape
+
+    @property
+    def is_float(self) -> bool:
+        """A rule leaves the operation in float."""
+        return self.program.tensors[self.output].dtype == "float32"
 
     def op(self, kind: str, inputs: list, output: str, **options) -> None:
         self.program.ops.append(Op(kind, inputs, [output], options))
@@ -103,6 +109,9 @@ class Call:
 
 def _weights_and_bias(call: Call, kernel: np.ndarray, axis: int, input_name: str) -> list[str]:
     """Adds the two constants of a layer; `kernel` in TFLite's layout, its output channels along `axis`."""
+    if call.is_float:
+        bias = call.operation.bias if call.operation.use_bias else np.zeros(kernel.shape[axis])
+        return [call.constant("weights", kernel, "float32"), call.constant("bias", bias, "float32")]
     steps = np.asarray(call.weights.step, np.float64)
     scale = tuple((steps / np.float32(call.program.tensors[input_name].scale[0])).tolist())
     return [
@@ -112,7 +121,7 @@ def _weights_and_bias(call: Call, kernel: np.ndarray, axis: int, input_name: str
 
 
 def _kernel(call: Call) -> np.ndarray:
-    return np.asarray(call.weights.kernel)
+    return np.asarray(call.operation.kernel if call.is_float else call.weights.kernel)
 
 
 def fully_connected(call: Call) -> None:
@@ -130,7 +139,7 @@ def _convolution(call: Call, kind: str, kernel, axis, strides, dilation, padding
         _output_size(*sizes, padding)
         for sizes in zip(call.shape(image)[1:3], kernel.shape[1:3], strides, dilation, strict=True)
     )
-    result = call.image_output((1, height, width, len(call.weights.bias)))
+    result = call.image_output((1, height, width, kernel.shape[axis]))
     call.op(
         kind,
         [image, *constants],
@@ -219,6 +228,9 @@ def _output_shape(call: Call) -> str:
 
 def channel_scale(call: Call) -> None:
     """One number added to all channels is an ADD; anything else a depthwise convolution over single pixels."""
+    if call.is_float:
+        bias = call.operation.bias if call.operation.use_bias else np.zeros(1)
+        return _multiply_and_add(call, call.operation.kernel, bias)
     if call.weights is None:
         offset = call.operation.scalars[1]
         return _with_scalar(call, "ADD", np.sign(offset) * 127, max(abs(offset), 1e-30) / 127)
@@ -240,7 +252,28 @@ def channel_scale(call: Call) -> None:
     call.from_image(result)
 
 
+def _multiply_and_add(call: Call, multiplier, offset) -> None:
+    product = call.twin(call.output, call.shape(call.output), "product")
+    call.op("MUL", [call.inputs[0], call.constant("multiplier", multiplier, "float32")], product)
+    call.op("ADD", [product, call.constant("addend", offset, "float32")], call.output)
+
+
+def batch_norm(call: Call) -> None:
+    """In float only: among integers it is folded, or a `ChannelScale`."""
+    _multiply_and_add(call, *numerics.batch_norm_multiplier_and_offset(call.operation))
+
+
+def clamp(call: Call) -> None:
+    """In float only: among integers it is the end of a grid."""
+    low, high = (call.constant(what, getattr(call.operation, what), "float32") for what in ("low", "high"))
+    above = call.twin(call.output, call.shape(call.output), "above")
+    call.op("MAXIMUM", [call.inputs[0], low], above)
+    call.op("MINIMUM", [above, high], call.output)
+
+
 def rescale(call: Call) -> None:
+    if call.is_float:
+        return call.op("MUL", [call.inputs[0], call.constant("factor", call.operation.factor, "float32")], call.output)
     integer, scale, _ = call.weights
     _with_scalar(call, "MUL", integer, scale)
 
@@ -270,8 +303,10 @@ hard_swish = _binary("HARD_SWISH", fuses=False)
 
 def pointwise(call: Call) -> None:
     """A look-up: in one op where LiteRT has one with the same 256 results, else CAST, ADD, GATHER."""
-    results = _results(call)
     operations = [node.operation for node in nodes_of(call.operation.function)]
+    if call.is_float:
+        return call.op(FLOAT_OPS[key_of(operations[0])], call.inputs, call.output)
+    results = _results(call)
     kind = SINGLE_OPS.get(key_of(operations[0])) if len(operations) == 1 else None
     if kind is not None and (BUILTINS[kind].micro or not call.portable) and _looks_up(call, results):
         options = {"approximate": bool(operations[0].approximate)} if kind == "GELU" else {}
@@ -312,6 +347,8 @@ def softmax(call: Call) -> None:
 def relu6(call: Call) -> None:
     """A RELU, where the grid of the result ends at 6 anyway. TFLM's RELU6 cannot change the scale."""
     result = call.program.tensors[call.output]
+    if call.is_float:
+        return call.op("RELU6", call.inputs, call.output)
     if (127 - result.zero_point) * result.scale[0] <= 6.0 + 0.5 * result.scale[0]:
         return relu(call)
     unclipped = call.twin(call.output, result.shape, "unclipped")

@@ -10,7 +10,7 @@ from keras_qat.graph.emit import Call
 from keras_qat.graph.walk import input_names, nodes_of
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
 from keras_qat.primitives import Constant
-from tflite_export import Program, Tensor, with_io_types
+from tflite_export import Op, Program, Tensor, with_io_types
 from tflite_export.optimize import optimize
 from tflite_export.program import unique_name
 
@@ -78,6 +78,7 @@ class _Pending:
     inputs: list[str]
     name: str
     activation: str | None = None
+    shape: tuple = ()
 
 
 class _Freezer:
@@ -87,6 +88,7 @@ class _Freezer:
         self.program, self.portable = program, portable
         self.values: dict[int, object] = {}
         self.products: dict[FakeQuant, dict] = {}
+        self.floats: dict[str, str] = {}  # integer tensor → its DEQUANTIZE
 
     def begin(self, tensor) -> None:
         if is_index(tensor):
@@ -94,7 +96,7 @@ class _Freezer:
             self.values[id(tensor)] = self.program.add(Tensor(name, (1, *tensor.shape[1:]), "int32"))
             self.program.inputs[name] = self.values[id(tensor)]
             return
-        self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name)
+        self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name, shape=tensor.shape)
 
     def tensor_of(self, tensor) -> str:
         value = self.values[id(tensor)]
@@ -115,6 +117,8 @@ class _Freezer:
             result = dataclasses.replace(sources[0], activation=row_of_node(node).activation, name=node.operation.name)
         elif kind == "same":
             result = self._like_input(node, sources)
+        elif kind == "float":
+            result = self._in_float(node, sources)
         elif kind == "index":
             result = self.program.add(Tensor(node.operation.name, (1, *node.outputs[0].shape[1:]), "int32"))
             self._emit(node, sources, result, None)
@@ -122,13 +126,41 @@ class _Freezer:
             result = _Pending(node, sources, node.operation.name)
         self.values[id(node.outputs[0])] = result
 
+    def _in_float(self, node, sources) -> str:
+        """An operation that stays in float, a DEQUANTIZE in front of it where it reads integers."""
+        sources = [self._as_float(source) for source in sources]
+        tensor = self.program.add(Tensor(node.operation.name, (1, *node.outputs[0].shape[1:]), "float32"))
+        self._emit(node, sources, tensor, None)
+        return tensor
+
+    def _as_float(self, source) -> str:
+        if isinstance(source, _Pending):  # an input that nothing reads in integers
+            if source.name not in self.program.inputs:
+                shape = (1, *source.shape[1:])
+                self.program.inputs[source.name] = self.program.add(Tensor(source.name, shape, "float32"))
+            return self.program.inputs[source.name]
+        if self.program.tensors[source].dtype != "int8":
+            return source
+        if source not in self.floats:
+            shape = self.program.tensors[source].shape
+            self.floats[source] = self.program.add(Tensor(f"{source}/float", shape, "float32"))
+            self.program.ops.append(Op("DEQUANTIZE", [source], [self.floats[source]]))
+        return self.floats[source]
+
     def _on_grid(self, node) -> None:
         """A FakeQuant: whatever is pending in front of it is written to a tensor of its grid."""
         scale, zero_point = node.operation.parameters(**self._product(node))
         value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
-        shape = like.shape if isinstance(getattr(value.node, "operation", None), Constant) else (1, *like.shape[1:])
-        tensor = self.program.add(Tensor(value.name, shape, "int8", scale=(float(scale),), zero_point=zero_point))
-        if value.node is None:
+        shape = (
+            like.shape
+            if isinstance(getattr(getattr(value, "node", None), "operation", None), Constant)
+            else (1, *like.shape[1:])
+        )
+        name = value.name if isinstance(value, _Pending) else f"{value}/integers"
+        tensor = self.program.add(Tensor(name, shape, "int8", scale=(float(scale),), zero_point=zero_point))
+        if not isinstance(value, _Pending):
+            self.program.ops.append(Op("QUANTIZE", [value], [tensor]))
+        elif value.node is None:
             self.program.inputs[value.name] = tensor
         else:
             self._emit(value.node, value.inputs, tensor, value.activation)

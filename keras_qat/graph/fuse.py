@@ -3,9 +3,10 @@
 import keras
 from keras import ops
 
-from keras_qat.graph.walk import Copies, calls_of, key_of, nodes_of, producers_of, readers_of, rewrite
+from keras_qat.graph.walk import Copies, calls_of, key_of, nodes_of, path_of, producers_of, readers_of, rewrite
 from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.operations import row_of
+from keras_qat.primitives import InFloat
 from keras_qat.spec import Rules
 
 _MOVES = {"RESHAPE", "TRANSPOSE", "STRIDED_SLICE"}
@@ -18,7 +19,7 @@ def fuse(model: keras.Model, rules: Rules) -> keras.Model:
         model: A flat model (see trace.py).
         rules: Choose the bits of each layer's weights by its path.
     """
-    model, input_scalings = _take_over_input_scaling(_merge_scalings(model))
+    model, input_scalings = _take_over_input_scaling(_merge_scalings(model), rules)
     return _wrap_weights(model, rules, input_scalings)
 
 
@@ -54,7 +55,7 @@ def _merge_scalings(model):
     return rewrite(model, visit)
 
 
-def _take_over_input_scaling(model):
+def _take_over_input_scaling(model, rules):
     """A Rescaling of the model's input disappears into the weights' scales and biases of the layers that read it.
 
     Only where every reader is a layer with weights, and the multiplier is positive. With an offset, zero padding would
@@ -67,10 +68,10 @@ def _take_over_input_scaling(model):
     vanishing, taken = set(), {}
     for node in nodes_of(model):
         scalars = node.operation.scalars if key_of(node.operation) == "ChannelScale" else None
-        if scalars is None or scalars[0] <= 0 or not _stems_from_input(node, model):
+        if scalars is None or scalars[0] <= 0 or not _stems_from_input(node, model) or _in_float(node, rules):
             continue
         targets = _readers_of_values(node.outputs[0], readers)
-        if all(t is not None and calls[id(t.operation)] == 1 and _can_take_over(t, scalars[1]) for t in targets):
+        if all(_takes_over(target, scalars[1], calls, rules) for target in targets):
             vanishing.add(id(node))
             taken.update({id(target.operation): scalars for target in targets})
 
@@ -105,7 +106,9 @@ def _stems_from_input(node, model) -> bool:
     return True
 
 
-def _can_take_over(node, offset: float) -> bool:
+def _takes_over(node, offset: float, calls, rules) -> bool:
+    if node is None or calls[id(node.operation)] != 1 or _in_float(node, rules):
+        return False
     key = key_of(node.operation)
     if key == "Conv2DTranspose":
         return offset == 0
@@ -127,7 +130,7 @@ def _padded_like(layer, x, value: float):
 
 
 def _wrap_weights(model, rules, input_scalings):
-    norm_of = _foldable_batch_norms(model)
+    norm_of = _foldable_batch_norms(model, rules)
     folded = {id(norm_node.operation) for norm_node in norm_of.values()}
     copies, wrapped = Copies(), {}
 
@@ -135,6 +138,10 @@ def _wrap_weights(model, rules, input_scalings):
         operation = node.operation
         if id(operation) in folded:
             return args[0]
+        if _in_float(node, rules):
+            if id(operation) not in wrapped:
+                wrapped[id(operation)] = InFloat(copies[operation], name=operation.name)
+            return wrapped[id(operation)](*args, **kwargs)
         if key_of(operation) == "ChannelScale" and operation.is_one_number and operation.scalars[1] == 0:
             return Rescale(operation.scalars[0], name=operation.name)(args[0])
         if not _has_weights(operation):
@@ -150,6 +157,11 @@ def _wrap_weights(model, rules, input_scalings):
     return rewrite(model, visit)
 
 
+def _in_float(node, rules) -> bool:
+    kind = row_of(node.operation).range_kind(node)
+    return kind not in ("train", "constant") and rules.scheme_of(path_of(node.operation)) is None
+
+
 def _has_weights(operation) -> bool:
     row = row_of(operation)
     if isinstance(operation, ChannelScale) and operation.is_one_number:
@@ -157,18 +169,19 @@ def _has_weights(operation) -> bool:
     return row is not None and (bool(row.channels) or key_of(operation) == "BatchNormalization")
 
 
-def _foldable_batch_norms(model) -> dict[int, object]:
+def _foldable_batch_norms(model, rules) -> dict[int, object]:
     """Layer id → a node of the batch norm that alone reads its output, at every call of both."""
     readers, calls, found, refused = readers_of(model), calls_of(model), {}, set()
     for node in nodes_of(model):
         layer = node.operation
-        if not row_of(layer) or not row_of(layer).channels or key_of(layer) == "ChannelScale":
+        if not row_of(layer) or not row_of(layer).channels or key_of(layer) == "ChannelScale" or _in_float(node, rules):
             continue
         following = readers[id(node.outputs[0])]
         reader = following[0] if len(following) == 1 else None
         if (
             reader is None
             or key_of(reader.operation) != "BatchNormalization"
+            or _in_float(reader, rules)
             or found.setdefault(id(layer), reader).operation is not reader.operation
         ):
             refused.add(id(layer))
@@ -177,7 +190,7 @@ def _foldable_batch_norms(model) -> dict[int, object]:
 
 def _quantized(operation, norm, input_scalings, rules, x) -> Quantized:
     name = operation.name
-    weights = rules.scheme_of(name.replace(".", "/")).weights
+    weights = rules.scheme_of(path_of(operation)).weights
     scaling = input_scalings.get(id(operation), (1.0, 0.0))
     if key_of(operation) == "BatchNormalization":
         # One that cannot be folded is a depthwise convolution over single pixels, its kernel all ones.

@@ -17,6 +17,17 @@ SINGLE_OPS = {
     "ops.Log": "LOG",
     "ops.Rsqrt": "RSQRT",
 }
+# The same functions for layers that stay in float.
+FLOAT_OPS = {
+    **SINGLE_OPS,
+    "ops.Ceil": "CEIL",
+    "ops.Cos": "COS",
+    "ops.Elu": "ELU",
+    "ops.Floor": "FLOOR",
+    "ops.Round": "ROUND",
+    "ops.Sin": "SIN",
+    "ops.Sqrt": "SQRT",
+}
 LOOKUPS = {
     f"ops.{name}"
     for name in (

@@ -140,8 +140,8 @@ class _Tracer:
         if regularizer is None:
             return outputs
         if id(operation) not in self._identities:
-            name = self._unique(_join(path, "activity"))
-            identity = keras.layers.Identity(activity_regularizer=regularizer, dtype="float32", name=name)
+            options = {"activity_regularizer": keras.regularizers.serialize(regularizer), "dtype": "float32"}
+            identity = keras.layers.Identity(**options, name=self._unique(_join(path, "activity")))
             self._identities[id(operation)] = (operation, identity)
         return tree.map_structure(self._identities[id(operation)][1], outputs)
 

@@ -82,6 +82,11 @@ def key_of(operation) -> str | None:
     return own.__name__ if isinstance(operation, keras.Layer) else f"ops.{own.__name__}"
 
 
+def path_of(operation) -> str:
+    """The path a person knows an operation of a flat model by; Keras allows no slashes in names."""
+    return operation.name.replace(".", "/")
+
+
 def producers_of(model) -> dict[int, object]:
     """Tensor id → the node that makes it."""
     return {id(tensor): node for node in nodes_of(model) for tensor in node.outputs}

@@ -22,10 +22,13 @@ def labels_of(subscripts: str, ranks: list[int]) -> tuple[list[str], str] | None
     subscripts = subscripts.replace(" ", "")
     left, arrow, result = subscripts.partition("->")
     operands, unused = left.split(","), [c for c in string.ascii_letters if c not in subscripts]
-    widths = [rank - len(one.replace("...", "")) if "..." in one else 0 for one, rank in zip(operands, ranks, strict=True)]
+    widths = [
+        rank - len(one.replace("...", "")) if "..." in one else 0 for one, rank in zip(operands, ranks, strict=True)
+    ]
     spelled = unused[: max(widths)]
     operands = [
-        one.replace("...", "".join(spelled[len(spelled) - width :])) for one, width in zip(operands, widths, strict=True)
+        one.replace("...", "".join(spelled[len(spelled) - width :]))
+        for one, width in zip(operands, widths, strict=True)
     ]
     if any(len(set(one)) < len(one) or len(one) != rank for one, rank in zip(operands, ranks, strict=True)):
         return None  # a diagonal
@@ -49,7 +52,9 @@ def _einsum(operation, args, kwargs):
     if all(tensors):
         return _contraction(*operands, result) if operands[0][0] == operands[1][0] else None
     other = args[1 - at]
-    contract = _contraction_with_weights(operands[at], operands[1 - at], result, other, is_learned(other), operation.name)
+    contract = _contraction_with_weights(
+        operands[at], operands[1 - at], result, other, is_learned(other), operation.name
+    )
     return contract and (lambda *operands: contract(operands[at]))
 
 
@@ -84,7 +89,9 @@ def _contraction(first: str, second: str, result: str):
     return contract
 
 
-def _contraction_with_weights(labels: str, kernel_labels: str, result: str, kernel, learned, name, bias=None, **options):
+def _contraction_with_weights(
+    labels: str, kernel_labels: str, result: str, kernel, learned, name, bias=None, **options
+):
     """A tensor and weights: a Dense, or where the weights differ along an axis of the tensor a matmul with a constant.
 
     Args:
