@@ -221,21 +221,20 @@ class Rescale(GridLayer):
 
     Args:
         factor: Any number.
-        same_grid: The product stays on the grid of `x` instead of getting one of its own.
     """
 
-    def __init__(self, factor: float = 1.0, same_grid: bool = False, **kwargs):
+    def __init__(self, factor: float = 1.0, **kwargs):
         super().__init__(**kwargs)
-        self.factor, self.same_grid = float(factor), same_grid
+        self.factor = float(factor)
 
     def call(self, x, input_scale=None, output_scale=None):
         if input_scale is None or _calibrating.get():
             return x * self.factor
-        integer, scale, snapped = self.constant(input_scale, output_scale)
+        integer, scale, snapped = self.integers(input_scale, output_scale)
         product = x * ops.stop_gradient(integer * scale)
         return product + ops.stop_gradient(0.25 * snapped * scale * input_scale * ops.sign(product))
 
-    def constant(self, input_scale, output_scale):
+    def integers(self, input_scale, output_scale):
         """The constant's integer, its scale, and 1.0 if all kernels round its products alike, else 0.0."""
         integers = ops.arange(1.0, 128.0, dtype="float32")
         factor = max(abs(self.factor), 1e-30)
@@ -249,7 +248,7 @@ class Rescale(GridLayer):
         return integer * math.copysign(1.0, self.factor), scale, is_close
 
     def get_config(self):
-        return {**super().get_config(), "factor": self.factor, "same_grid": self.same_grid}
+        return {**super().get_config(), "factor": self.factor}
 
 
 @keras.saving.register_keras_serializable("keras_qat")

@@ -5,7 +5,7 @@ To add an op, add a row here and a function to graph/emit.py that writes it. The
     own      the result gets a range of its own, observed in training
     same     values are only moved or chosen: the result shares its inputs' range and needs no rounding
     rounded  shares its input's range, but its values have to be rounded to that grid again (averages)
-    scaled   the same for a product with a constant
+    joined   shares its input's range and has a say in it
     fixed    TFLite prescribes the range
     clamp    relu and its like: fused into the op in front of it where that op can, one range behind it
     train    does something in training only, and is not in the file
@@ -247,7 +247,7 @@ OPERATIONS: dict[str, Row] = {
     "DepthwiseConv2D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_2d, (2, 3), True, refuses=_channels_last),
     "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", emit.conv_2d_transpose, (2,), True, refuses=_transposed),
     "ChannelScale": Row("DEPTHWISE_CONV_2D / ADD", "own", emit.channel_scale, channels=(0,), fuses=True),
-    "Rescale": Row("MUL", lambda node: "scaled" if node.operation.same_grid else "own", emit.rescale, fuses=True),
+    "Rescale": Row("MUL", "own", emit.rescale, fuses=True),
     "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", emit.batch_norm, refuses=_batch_norm),
     # arithmetic
     "ops.Add": Row("ADD", "own", emit.add, fuses=True, refuses=_two_tensors),
@@ -261,6 +261,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.ReLU": Row("RELU", "clamp", emit.relu, refuses=_relu_with_options, activation="RELU"),
     "Clamp": Row("the end of a grid, or MUL", "clamp", emit.clamp),
     "ops.Clip": Row("CAST + ADD + GATHER", "look-up", refuses=_one_tensor),
+    "Slope": Row("PRELU", "joined", emit.slope),
     "HardSwish": Row("HARD_SWISH", "own", emit.hard_swish),
     "ops.Sigmoid": _SIGMOID,
     "ops.Tanh": _TANH,

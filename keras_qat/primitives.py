@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qat import numerics
 from keras_qat.graph.walk import key_of, nodes_of
 from keras_qat.layers import GridLayer
 
@@ -122,3 +123,42 @@ class InFloat(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "operation": keras.saving.serialize_keras_object(self.operation)}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Slope(GridLayer):
+    """`x` where it is positive, else `x · slopes`: leaky relu and PReLU, in one PRELU that all kernels round alike.
+
+    Args:
+        slopes: A number, or an array that broadcasts to one sample; or None for a layer whose weight is loaded.
+        shape: Of the weight, if there are no slopes.
+        trainable: Whether they are learned.
+    """
+
+    def __init__(self, slopes=None, shape=None, trainable=False, **kwargs):
+        super().__init__(**{**kwargs, "trainable": trainable})
+        self.values = None if slopes is None else np.atleast_1d(np.asarray(slopes, "float32"))
+        self.shape = tuple(shape) if slopes is None else self.values.shape
+
+    def build(self, *_):
+        initializer = "zeros" if self.values is None else lambda shape, dtype=None: ops.convert_to_tensor(self.values)
+        self.slopes = self.add_weight(
+            name="slopes", shape=self.shape, initializer=initializer, trainable=self.trainable
+        )
+
+    def call(self, x, input_scale=None, output_scale=None):
+        integers, scale = self.integers(input_scale, output_scale)
+        slopes = self.slopes + ops.stop_gradient(integers * scale - self.slopes)
+        product = x * slopes
+        if input_scale is not None:  # a quarter of a step decides ties, see Quantized
+            product = product + ops.stop_gradient(0.25 * scale * input_scale * ops.sign(product))
+        return ops.where(x >= 0, x, product)
+
+    def integers(self, input_scale=None, output_scale=None):
+        """The slopes' integers and the scale of one step."""
+        largest = ops.maximum(ops.max(ops.abs(self.slopes)), 1e-4)
+        scale, _ = numerics.snap_to_kernels(largest / 127.0, 1.0, numerics.FEWEST_STEPS, "up")
+        return ops.clip(ops.round(self.slopes / scale), -127.0, 127.0), scale
+
+    def get_config(self):
+        return {**super().get_config(), "shape": self.shape, "trainable": self.trainable}

@@ -152,6 +152,7 @@ BUILTINS: dict[str, Builtin] = {
     "PACK": Builtin("PackOptions", int8=2, int16=3),
     "PAD": Builtin("PadOptions", version=_by_rank(4)),
     "PADV2": Builtin("PadV2Options", version=_by_rank(4)),
+    "PRELU": Builtin(),
     "QUANTIZE": Builtin("QuantizeOptions", version=_quantize),
     "REDUCE_MAX": Builtin("ReducerOptions", int8=2, int16=3),
     "REDUCE_MIN": Builtin("ReducerOptions", int8=2, int16=3),

@@ -14,7 +14,7 @@ from tflite_export.program import unique_name
 
 Limits = tuple[float, float]
 
-_SHARING = ("same", "rounded", "scaled")  # kinds of operations whose result is on the grid of their inputs
+_SHARING = ("same", "rounded", "joined")  # kinds of operations whose result is on the grid of their inputs
 
 
 @dataclasses.dataclass
@@ -23,7 +23,7 @@ class Site:
 
     Args:
         name: Of the operation behind which it stands.
-        kind: "observed", "fixed", or "rounded" or "scaled" (on the grid of its group, without a say in it).
+        kind: "observed", "fixed", or "rounded" (on the grid of its group, without a say in it).
         limits: The range, if it is fixed.
         nonnegative: Its values are known to be ≥ 0.
         is_output: It is an output of the model.
@@ -185,7 +185,7 @@ def _site(node, kind: str) -> Site:
         if highest:
             return Site(node.operation.name, "fixed", (0.0, float(highest)))
         return Site(node.operation.name, nonnegative=True)
-    return Site(node.operation.name, kind if kind in ("fixed", "rounded", "scaled") else "observed", row.limits)
+    return Site(node.operation.name, kind if kind in ("fixed", "rounded") else "observed", row.limits)
 
 
 def _form_groups(result: Plan, leader_of, root) -> None:
@@ -282,7 +282,7 @@ class _Annotator:
         return new if site is None else self._on_grid(new, site)
 
     def _on_grid(self, tensor, site: Site):
-        options = {"rounded": {"observe": False, "rounding": "away"}, "scaled": {"observe": False}}.get(site.kind, {})
+        options = {"observe": False, "rounding": "away"} if site.kind == "rounded" else {}
         if id(tensor) in self.given:
             options["rounding"] = "precise"
         options = {**options, **self.products.get(site.group, {})}

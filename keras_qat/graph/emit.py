@@ -37,7 +37,7 @@ class Call:
         output: Name of the tensor it writes.
         activation: None, "RELU" or "RELU6", fused.
         portable: Only ops that TensorFlow Lite Micro has too.
-        weights: The `IntegerWeights` of a `Quantized`, or what `Rescale.constant` returned.
+        weights: The `IntegerWeights` of a `Quantized`, or what the `integers` of another layer returned.
     """
 
     program: Program
@@ -276,6 +276,16 @@ def rescale(call: Call) -> None:
         return call.op("MUL", [call.inputs[0], call.constant("factor", call.operation.factor, "float32")], call.output)
     integer, scale, _ = call.weights
     _with_scalar(call, "MUL", integer, scale)
+
+
+def slope(call: Call) -> None:
+    """PRELU, its input and output on one grid: a positive number stays exactly what it is."""
+    if call.is_float:
+        return call.op(
+            "PRELU", [call.inputs[0], call.constant("slopes", call.operation.slopes, "float32")], call.output
+        )
+    integers, scale = call.weights
+    call.op("PRELU", [call.inputs[0], call.constant("slopes", integers, "int8", scale=(float(scale),))], call.output)
 
 
 def _with_scalar(call: Call, kind: str, integer, scale) -> None:

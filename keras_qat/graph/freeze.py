@@ -9,7 +9,7 @@ from keras_qat.graph.annotate import is_index, row_of_node
 from keras_qat.graph.emit import Call
 from keras_qat.graph.walk import input_names, nodes_of
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
-from keras_qat.primitives import Constant
+from keras_qat.primitives import Constant, Slope
 from tflite_export import Op, Program, Tensor, with_io_types
 from tflite_export.optimize import optimize
 from tflite_export.program import unique_name
@@ -189,12 +189,10 @@ class _Freezer:
 
     def _emit(self, node, inputs, output, activation) -> None:
         operation, weights = node.operation, None
-        if isinstance(operation, (Quantized, Rescale)):
+        if isinstance(operation, (Quantized, Rescale, Slope)):
             scales = [self.program.tensors[name].scale[0] for name in (inputs[0], output)]
-            scales = [keras.ops.convert_to_tensor(scale, "float32") for scale in scales]
-            is_rescale = isinstance(operation, Rescale)
-            weights = operation.constant(*scales) if is_rescale else operation.integers(*scales)
-            operation = operation if is_rescale else operation.layer
+            weights = operation.integers(*[keras.ops.convert_to_tensor(scale, "float32") for scale in scales])
+            operation = getattr(operation, "layer", operation)
         row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights, self.portable))
 
 

@@ -1,6 +1,7 @@
 """Softmaxes that weigh a sum: finer scores for them to read, and finer probabilities."""
 
 import dataclasses
+import math
 
 from keras_qat.compounds import Mask, Probabilities, Scores
 from keras_qat.graph.walk import Copies, key_of, nodes_of, producers_of, readers_of, rewrite
@@ -11,15 +12,15 @@ _MOVES = ("Reshape", "ops.ExpandDims", "ops.Reshape", "ops.Squeeze", "ops.Transp
 
 
 def refine_probabilities(model):
-    """`softmax(mask(c · x))` that only matmuls read → `Probabilities` of `Scores`, the factor taken over by the softmax.
+    """`softmax(mask(c · q @ k))` that only matmuls read → `Probabilities` of `Scores`, the factor taken over by the softmax.
 
     SOFTMAX's own steps of 1/256 are too coarse for weights of a sum. At the model's output they stay.
     """
     graph, copies = _Graph(producers_of(model), readers_of(model)), Copies()
-    changes = [_change(node, graph) for node in nodes_of(model) if graph.only_weighs(node)]
-    factors = {id(change.softmax): change.factor for change in changes}
-    scalings = {id(one) for change in changes for one in change.scalings}
-    begins = {id(change.begin): change for change in changes}
+    attentions = [_attention(node, graph) for node in nodes_of(model) if graph.only_weighs(node)]
+    factors = {id(attention.softmax): attention.factor for attention in attentions}
+    scalings = {id(node) for attention in attentions for node in attention.scalings}
+    begins = {id(attention.begin): attention for attention in attentions}
 
     def visit(node, args, kwargs):
         if id(node) in begins:
@@ -34,40 +35,43 @@ def refine_probabilities(model):
 
 
 @dataclasses.dataclass
-class _Change:
-    """A softmax to refine.
+class _Attention:
+    """What belongs to a softmax that weighs.
 
     Args:
         softmax: Its node.
         begin: The node that is to read `Scores`: the first mask, or else the first that reads the scores.
-        scalings: The nodes that multiply on the way.
-        factor: What they multiply with.
+        scalings: The nodes that multiply the scores, or what they are a product of, with a number.
     """
 
     softmax: object
     begin: object
     scalings: list
-    factor: float
+
+    @property
+    def factor(self) -> float:
+        return math.prod(node.operation.scalars[0] for node in self.scalings)
 
 
-def _change(softmax, graph) -> _Change:
-    chain = [softmax, *graph.in_front_of(softmax)]
-    scalings, factor = [node for node in chain if _is_scaling(node)], 1.0
-    for node in scalings:
-        factor *= node.operation.scalars[0]
+def _attention(softmax, graph) -> _Attention:
+    chain = [softmax, *graph.chain_to(softmax.input_tensors[0])]
     masks = [node for node in chain if isinstance(node.operation, Mask)]
-    return _Change(softmax, (masks or chain)[-1], scalings, factor)
+    product = graph.lone_producer(chain[-1].input_tensors[0])
+    factors = product.input_tensors if product is not None and key_of(product.operation) == "ops.Matmul" else []
+    nodes = [*chain, *(node for factor in factors for node in graph.chain_to(factor))]
+    return _Attention(softmax, (masks or chain)[-1], [node for node in nodes if _is_scaling(node)])
 
 
-def _scores(change: _Change, x, graph):
-    """Tells the range to the op that writes the scores. If that is none which has a range of its own, one is put in."""
-    mask = change.begin.operation.keep if isinstance(change.begin.operation, Mask) else None
-    name = f"{change.softmax.operation.name}.scores"
-    if not graph.has_own_range(change.begin.input_tensors[0]):
+def _scores(attention: _Attention, x, graph):
+    """Tells the range to the op that writes the scores. If that is none with a range of its own, one is put in for masks."""
+    operation = attention.begin.operation
+    mask = operation.keep if isinstance(operation, Mask) else None
+    name = f"{attention.softmax.operation.name}.scores"
+    if not graph.has_own_range(attention.begin.input_tensors[0]):
         if mask is None:
             return x
         x = Rescale(name=f"{name}.copy")(x)
-    return Scores(change.factor, mask, name=name)(x)
+    return Scores(attention.factor, mask, name=name)(x)
 
 
 @dataclasses.dataclass
@@ -90,21 +94,25 @@ class _Graph:
             for reader in found
         )
 
-    def in_front_of(self, node) -> list:
-        """The masks, scalings and moves between a softmax and its scores, backwards, where nothing else reads them."""
+    def chain_to(self, tensor) -> list:
+        """The masks, scalings and moves that lead to a tensor, backwards, as long as nothing else reads their results."""
         chain = []
-        while (node := self.producers.get(id(node.input_tensors[0]))) is not None:
-            is_alone = len(self.readers[id(node.outputs[0])]) == 1
-            if not is_alone or not (isinstance(node.operation, Mask) or _is_scaling(node) or _moves(node)):
+        while (node := self.lone_producer(tensor)) is not None:
+            if not (isinstance(node.operation, Mask) or _is_scaling(node) or _moves(node)):
                 break
             chain.append(node)
+            tensor = node.input_tensors[0]
         return chain
+
+    def lone_producer(self, tensor):
+        """The node that makes a tensor for just one reader; else None."""
+        return self.producers.get(id(tensor)) if len(self.readers[id(tensor)]) == 1 else None
 
     def has_own_range(self, tensor) -> bool:
         """Whether an op writes the tensor to a range of its own, for one reader."""
-        producer = self.producers.get(id(tensor))
+        producer = self.lone_producer(tensor)
         row = None if producer is None else row_of(producer.operation)
-        return row is not None and row.range_kind(producer) == "own" and len(self.readers[id(tensor)]) == 1
+        return row is not None and row.range_kind(producer) == "own"
 
 
 def _passes_on(node) -> bool:

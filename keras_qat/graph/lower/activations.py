@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from keras_qat.graph.walk import clone
-from keras_qat.layers import HardSwish, Rescale
+from keras_qat.layers import HardSwish
+from keras_qat.primitives import Slope
 
 
 def _split_activation(layer, args, kwargs):
@@ -21,10 +22,14 @@ def _activation(layer, args, kwargs):
 
 
 def symbolic(activation):
-    """Keras's activation functions as operations of keras.ops: a few of them only take numbers, not symbolic tensors."""
-    name = getattr(activation, "__name__", "")
-    is_keras = getattr(keras.activations, name, None) is activation
-    return getattr(ops, name) if is_keras and name in ("hard_silu",) else activation
+    """An activation function as operations of keras.ops.
+
+    A few of Keras's own only take numbers, not symbolic tensors, and so do those of TensorFlow.
+    """
+    name, module = getattr(activation, "__name__", ""), getattr(activation, "__module__", "") or ""
+    if getattr(keras.activations, name, None) is activation and name in _NOT_SYMBOLIC:
+        return _NOT_SYMBOLIC[name]
+    return getattr(ops, name, activation) if module.startswith("tensorflow.") else activation
 
 
 def _linear_copy(layer):
@@ -52,10 +57,12 @@ def _leaky_relu(operation, args, kwargs):
 
 
 def _sloped(slope: float):
-    """The larger of x and slope · x. LEAKY_RELU itself rounds differently on every runtime."""
-    choose = ops.maximum if slope <= 1 else ops.minimum
-    scaled = Rescale(slope, same_grid=True, name="slope")
-    return lambda x: choose(x, scaled(x))
+    """LEAKY_RELU itself rounds differently on every runtime."""
+    return Slope(slope, name="leaky_relu")
+
+
+def _prelu(layer, args, kwargs):
+    return Slope(layer.alpha, trainable=layer.trainable, name=layer.name)
 
 
 def _hard_swish(operation, args, kwargs):
@@ -71,9 +78,14 @@ def _hard_sigmoid(operation, args, kwargs):
 
 
 _WITH_ACTIVATION = ("Dense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D", "Conv2DTranspose")
+_NOT_SYMBOLIC = {
+    "hard_silu": ops.hard_silu,
+    "mish": lambda x: x * ops.tanh(ops.softplus(x)),
+}
 RULES = {
     **dict.fromkeys(_WITH_ACTIVATION, _split_activation),
     "Activation": _activation,
+    "PReLU": _prelu,
     "ReLU": _relu,
     "ops.ReLU": _relu,
     "ops.LeakyRelu": _leaky_relu,

@@ -59,13 +59,18 @@ def _epsilon(operation) -> float:
 def _normalized(x, axes, epsilon, affine, centred=False):
     """Each row over `axes` divided by its root mean square, its mean taken off first if `centred`.
 
-    `√n · d / √(Σd² + n·ε)`: the sum of squares is a matrix product of the row with itself, which adds up exactly. Squares
-    on a grid of their own would lose the rows that are small next to others.
+    The sum of squares is a matrix product of the row with itself, which adds up exactly. Squares on a grid of their own
+    would lose the rows that are small next to others.
+
+    `√n · d / √(Σd² + n·ε)`, where there are factors that take in the √n: what is left of the root is TFLite's RSQRT, if ε
+    does not matter. `d / √(Σd² / n + ε)` where there are none.
     """
     rows, restored = _rows(x, axes)
     if centred:
         rows = rows - ops.mean(rows, axis=-1, keepdims=True)
     count = rows.shape[-1]
+    if not isinstance(affine, ChannelScale):
+        return restored(affine(rows * InverseRoot(epsilon, count=count, name="inverse_root")(_sum_of_squares(rows))))
     inverse = InverseRoot(count * epsilon, name="inverse_root")(_sum_of_squares(rows))
     return restored(affine(ops.multiply(rows * inverse, math.sqrt(count))))
 

@@ -1,0 +1,401 @@
+"""Writes OPERATIONS.md: every Keras layer and function that has an integer form, and what becomes of it.
+
+    python -m keras_qat.document
+
+Nothing in it is written by hand. A small model of each is explained, quantized and frozen, and its row says what came
+out; the notes are the docstrings of the code that handles it. `_ARGUMENTS` and `_CALLS` tell how to call what cannot be
+called with tensors alone.
+"""
+
+import collections
+import dataclasses
+import inspect
+import itertools
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+import keras_qat as kq
+from keras_qat.graph.lower import RULES, lowering_of
+from keras_qat.graph.walk import key_of
+from keras_qat.layers import FakeQuant
+from keras_qat.operations import row_of
+from tflite_export.ops import BUILTINS
+
+PATH = pathlib.Path(__file__).with_name("OPERATIONS.md")
+COMMAND = "python -m keras_qat.document"
+
+# Values of required arguments by their names; a function makes a fresh one.
+_ARGUMENTS = {
+    "activation": "relu",
+    "axes": -1,
+    "axis": -1,
+    "axis1": 1,
+    "axis2": 2,
+    "block_size": 2,
+    "cell": lambda: layers.GRUCell(4),
+    "destination": 2,
+    "dims": (2, 1),
+    "dtype": "float32",
+    "equation": "abc,cd->abd",
+    "factor": 0.2,
+    "filters": 4,
+    "function": lambda: lambda x: ops.multiply(x, ops.sigmoid(x)),
+    "head_dim": 2,
+    "height": 2,
+    "height_factor": 0.2,
+    "kernel": np.full((2, 4, 4), 0.5, "float32"),
+    "kernel_size": 2,
+    "key": (slice(None), slice(1, None)),
+    "key_dim": 2,
+    "layer": lambda: layers.GRU(4, return_sequences=True),
+    "n": 3,
+    "newshape": (-1, 8),
+    "num_heads": 2,
+    "num_key_value_heads": 1,
+    "num_query_heads": 2,
+    "output_shape": (None, 4),
+    "output_size": 2,
+    "pad_width": ((0, 0), (1, 1), (0, 0)),
+    "pool_size": 2,
+    "rate": 0.5,
+    "scale": 0.5,
+    "size": (8, 8),
+    "source": 1,
+    "stddev": 0.1,
+    "target_shape": (-1,),
+    "units": 4,
+    "width": 2,
+    "width_factor": 0.2,
+    "x_max": 0.5,
+    "x_min": -0.5,
+}
+
+
+def _on(shape, call: Callable, dtype: str = "float32") -> keras.Model:
+    x = keras.Input(shape, dtype=dtype)
+    return keras.Model(x, call(x))
+
+
+# Calls of what needs more than that, or is refused with its defaults: functions of tensors, or of nothing that make a
+# model.
+_CALLS: dict[str, Callable] = {
+    "CategoryEncoding": lambda: _on((4,), layers.CategoryEncoding(4), "int32"),
+    "ConvLSTM3D": lambda: _on((4, 4, 4, 4, 2), layers.ConvLSTM3D(2, 2)),
+    "Embedding": lambda: _on((4,), layers.Embedding(10, 4), "int32"),
+    "GroupNormalization": lambda x: layers.GroupNormalization(2)(x),
+    "RandomColorDegeneration": lambda: _on((4, 4, 3), layers.RandomColorDegeneration(0.2)),
+    "RandomPosterization": lambda: _on((4, 4, 3), layers.RandomPosterization(4)),
+    "ReversibleEmbedding": lambda: _on((4,), layers.ReversibleEmbedding(10, 4), "int32"),
+    "SpectralNormalization": lambda x: layers.SpectralNormalization(layers.Dense(4))(x),
+    "TimeDistributed": lambda x: layers.TimeDistributed(layers.Dense(4))(x),
+    "ops.argmax": lambda x: ops.argmax(x, axis=-1),
+    "ops.argmin": lambda x: ops.argmin(x, axis=-1),
+    "ops.depthwise_conv": lambda x: ops.depthwise_conv(x, np.full((2, 4, 1), 0.5, "float32")),
+    "ops.dot_product_attention": lambda: _on((4, 2, 4), lambda x: ops.dot_product_attention(x, x, x)),
+    "ops.einsum": lambda x, y: ops.einsum("btc,bsc->bts", x, y),
+    "ops.matmul (x, constant)": lambda x: ops.matmul(x, np.full((4, 4), 0.5, "float32")),
+    "ops.max": lambda x: ops.max(x, axis=-1),
+    "ops.mean": lambda x: ops.mean(x, axis=-1),
+    "ops.min": lambda x: ops.min(x, axis=-1),
+    "ops.repeat": lambda x: ops.repeat(x, 2, axis=1),
+    "ops.roll": lambda x: ops.roll(x, 1, axis=1),
+    "ops.split": lambda x: ops.split(x, 2, axis=1),
+    "ops.squeeze": lambda: _on((1, 4), lambda x: ops.squeeze(x, axis=1)),
+    "ops.stack": lambda x, y: ops.stack([x, y], axis=1),
+    "ops.std": lambda x: ops.std(x, axis=-1),
+    "ops.sum": lambda x: ops.sum(x, axis=-1),
+    "ops.take": lambda x: ops.take(x, np.array([0, 2]), axis=1),
+    "ops.tile": lambda x: ops.tile(x, (1, 2, 1)),
+    "ops.transpose": lambda x: ops.transpose(x, (0, 2, 1)),
+    "ops.unstack": lambda x: ops.unstack(x, axis=1),
+    "ops.var": lambda x: ops.var(x, axis=-1),
+    "ops.where": lambda x, y: ops.where(np.arange(4) % 2 == 0, x, y),
+}
+
+_SHAPES = [(4, 4), (4, 4, 4), (4,), (4, 4, 4, 4)]  # tried in turn: a series, an image, a vector, a volume
+_TRIES = 3
+_LISTS = ("xs", "arrays")  # arguments that are lists of tensors
+# What keras.layers has that maps no tensor of numbers to another, or that Keras can make no model of.
+_NO_LAYERS = {
+    *("InputLayer", "Layer", "Pipeline", "Wrapper", "FlaxLayer", "JaxLayer", "TFSMLayer", "TorchModuleWrapper"),
+    *("GRUCell", "LSTMCell", "SimpleRNNCell", "StackedRNNCells"),
+    *("Discretization", "Equalization", "HashedCrossing", "Hashing", "MaxNumBoundingBoxes", "STFTSpectrogram"),
+}
+
+_TRAINING = "training only"
+RANGES = {
+    "observed": "the result has a range of its own, observed in training",
+    "as input": "values are only moved or chosen: the result shares its input's range, without any rounding",
+    "rounded": "the result shares its input's range, and is rounded to it again",
+    "joined": "its inputs' range, which it has a say in",
+    "fixed": "known beforehand: TFLite prescribes the range, or the operation itself ends it",
+}
+_INTRODUCTION = """\
+# What becomes of Keras layers and functions
+
+Made from the code by `{command}`; a test fails while it is out of date. For each row a small model was quantized and
+frozen, and "in the file" is what its file has (of recurrent layers: for 4 steps). `kq.explain(model)` tells the same of a
+whole model. Nested and subclassed models and custom layers are opened, and may use everything below.
+
+| range | |
+|---|---|
+{ranges}
+"""
+_COLUMNS = ("Keras", "in the file", "runs on", "range", "notes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What became of a layer or function.
+
+    Args:
+        name: Its public name.
+        key: What the tables in the code know it by.
+        ops: The TFLite ops in its file, in their order.
+        range: One of `RANGES`, or "training only".
+        notes: What the code says of it.
+        refusal: Why it cannot be quantized.
+        failure: It should be, but went wrong: a bug, for the test to tell.
+    """
+
+    name: str
+    key: str = ""
+    ops: tuple[str, ...] = ()
+    range: str = ""
+    notes: str = ""
+    refusal: str = ""
+    failure: str = ""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The columns behind the name."""
+        counts = collections.Counter(self.ops)
+        kinds = ", ".join(kind if count == 1 else f"{count} {kind}" for kind, count in counts.items())
+        missing = ", ".join(sorted(kind for kind in counts if not BUILTINS[kind].micro))
+        runs_on = f"LiteRT (TFLM has no {missing})" if missing else "LiteRT, TFLM"
+        return (kinds, runs_on, self.range, self.notes)
+
+
+def document() -> str:
+    """The text of OPERATIONS.md."""
+    return "\n".join([introduction(), layers_section(layer_entries()), functions_section(function_entries())])
+
+
+def introduction() -> str:
+    ranges = "\n".join(f"| {word} | {meaning} |" for word, meaning in RANGES.items())
+    return _INTRODUCTION.format(command=COMMAND, ranges=ranges)
+
+
+def layers_section(entries: list[Entry]) -> str:
+    """A row for each layer, and the names of those that need none."""
+    rows = [(_listed([entry.name]), *entry.cells) for entry in entries if entry.ops]
+    gone = [entry.name for entry in entries if entry.range == _TRAINING]
+    refused = _by(lambda entry: entry.refusal, [entry for entry in entries if entry.refusal])
+    return (
+        f"## keras.layers\n\n{_table(rows)}\n\n"
+        f"In training only, and not in the file: {_listed(gone)}.\n\nRefused:\n"
+        + "".join(f"- {reason} {_listed(names)}\n" for reason, names in refused.items())
+    )
+
+
+def functions_section(entries: list[Entry]) -> str:
+    """A row for all the functions that are treated alike."""
+    alike = _by(lambda entry: entry.cells, [entry for entry in entries if entry.ops])
+    rows = [(_listed(names), *cells) for cells, names in alike.items()]
+    heading = "## keras.ops and keras.activations\n\nOperators of tensors (`+`, `@`, `[...]`) are these functions too."
+    return f"{heading}\n\n{_table(rows)}\n"
+
+
+def layer_entries() -> list[Entry]:
+    """All of keras.layers."""
+    classes = {each for each in vars(layers).values() if inspect.isclass(each) and issubclass(each, keras.Layer)}
+    by_name = {each.__name__: each for each in classes if each.__name__ not in _NO_LAYERS}
+    return [
+        _entry(name, _models(_CALLS.get(name) or _calling_layer(by_name[name])))
+        or Entry(name, failure="No call of it was found. Give it one in _CALLS of keras_qat/document.py.")
+        for name in sorted(by_name)
+    ]
+
+
+def function_entries() -> list[Entry]:
+    """The functions that the tables know; those of two tensors also with a constant on either side."""
+    names: dict[Callable, list[str]] = {}
+    for prefix, module in (("ops", ops), ("ops.image", ops.image), ("activations", keras.activations)):
+        for name, function in sorted(vars(module).items()):
+            if inspect.isfunction(function):
+                names.setdefault(function, []).append(f"{prefix}.{name}")
+    return [
+        entry
+        for function, aliases in names.items()
+        for label, call in _variants(function, ", ".join(aliases)).items()
+        if (entry := _entry(label, _models(_CALLS.get(label) or call), skip=_is_unknown)) is not None
+    ]
+
+
+def _variants(function, name: str) -> dict[str, Callable]:
+    call = _calling_function(function)
+    if _required(function) != ["x1", "x2"]:
+        return {name: call}
+    return {
+        f"{name} (x, y)": call,
+        f"{name} (x, constant)": lambda x: call(x, 0.5),
+        f"{name} (constant, x)": lambda x: call(0.5, x),
+    }
+
+
+# --- small models ----------------------------------------------------------------------------------------------------
+
+
+def _models(call: Callable) -> Iterator[keras.Model]:
+    """Models that consist of one call, for every shape and number of inputs that it takes."""
+    for count in (1, 2, 0):
+        for shape in _SHAPES if count else [()]:
+            model = _model(call, [keras.Input(shape) for _ in range(count)])
+            if model is not None:
+                yield model
+
+
+def _model(call: Callable, inputs: list) -> keras.Model | None:
+    try:
+        outputs = call(*inputs)
+        return outputs if isinstance(outputs, keras.Model) else keras.Model(inputs, outputs)
+    except Exception:  # whatever Keras raises for a shape or number that it does not take
+        return None
+
+
+def _calling_layer(layer_class) -> Callable:
+    def call(*tensors):
+        layer = layer_class(**{name: _argument(name) for name in _required(layer_class)})
+        if len(tensors) == 1 or len(_required(layer.call)) == 2:
+            return layer(*tensors)
+        return layer(list(tensors))
+
+    return call
+
+
+def _calling_function(function) -> Callable:
+    def call(*tensors):
+        rest, arguments = list(tensors), []
+        for name in _required(function):
+            if name in _LISTS:
+                arguments.append(rest)
+                rest = []
+            else:
+                arguments.append(_argument(name) if name in _ARGUMENTS else rest.pop(0))
+        if rest:
+            raise TypeError(f"{function.__name__} takes fewer tensors.")
+        return function(*arguments)
+
+    return call
+
+
+def _required(function) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+
+
+def _argument(name: str):
+    value = _ARGUMENTS[name]
+    return value() if inspect.isfunction(value) else value
+
+
+# --- what becomes of them --------------------------------------------------------------------------------------------
+
+
+def _entry(name: str, models: Iterable[keras.Model], skip: Callable = lambda model: False) -> Entry | None:
+    """That of the first model which can be quantized, else the reason why the first one cannot; None for no model."""
+    entry = None
+    for model in itertools.islice(models, _TRIES):
+        try:
+            if skip(model):
+                return None
+            explanation = kq.explain(model)
+            if explanation.supported:
+                return _supported(name, model, explanation)
+        except Exception as error:
+            return Entry(name, failure=f"{type(error).__name__}: {error}")
+        problem = explanation.problems[0]
+        entry = entry or Entry(name, refusal=f"{problem.reason} {problem.way_out}")
+    return entry
+
+
+def _supported(name: str, model: keras.Model, explanation: kq.Explanation) -> Entry:
+    ranges = [row.range.split(",")[0] for row in explanation.rows if row.range != _TRAINING]
+    node = _node(model)
+    if not ranges:
+        return Entry(name, key_of(node.operation), range=_TRAINING)
+    kinds = _frozen_ops(model)
+    return Entry(name, key_of(node.operation), kinds, ranges[-1], " ".join(_notes(node, kinds)))
+
+
+def _frozen_ops(model: keras.Model) -> tuple[str, ...]:
+    """The ops of its file, every observed range being that of -1 and 1."""
+    qat = kq.quantize(model)
+    for layer in qat.layers:
+        if isinstance(layer, FakeQuant) and layer.quantizer.observes:
+            for site in range(len(layer.sites)):
+                layer.quantizer.include(np.float32([-1, 1]), site)
+    return tuple(op.kind for op in kq.freeze(qat).ops)
+
+
+def _node(model: keras.Model):
+    """The call that the model consists of."""
+    return model.outputs[0]._keras_history.operation._inbound_nodes[-1]
+
+
+def _lowering(node):
+    return lowering_of(node.operation, node.arguments.args, node.arguments.kwargs)
+
+
+def _is_unknown(model: keras.Model) -> bool:
+    node = _node(model)
+    return row_of(node.operation) is None and _lowering(node) is None
+
+
+def _notes(node, kinds: tuple[str, ...]) -> Iterator[str]:
+    """The docstring of its lowering rule, or those of its row in the table."""
+    row = row_of(node.operation)
+    if _lowering(node) is not None:
+        yield from _summaries(RULES.get(key_of(node.operation)))
+    elif row is not None:
+        if re.search("[a-z]", row.op) or not set(re.findall(r"[A-Z_\d]+", row.op)) <= set(kinds):
+            yield f"`explain` says: {row.op}."
+        yield from _summaries(row.emit, row.refuses)
+        if row.fuses:
+            yield "Takes in a relu behind it."
+
+
+def _summaries(*functions) -> Iterator[str]:
+    for function in functions:
+        if inspect.isfunction(function) and function.__doc__:
+            yield " ".join(inspect.getdoc(function).split("\n\n")[0].split())
+
+
+# --- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def _by(key: Callable, entries: list[Entry]) -> dict:
+    """Key → the names of the entries that have it."""
+    names: dict[object, list[str]] = {}
+    for entry in entries:
+        names.setdefault(key(entry), []).append(entry.name)
+    return names
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    lines = [_COLUMNS, ["---"] * len(_COLUMNS), *[[cell.replace("|", "\\|") for cell in row] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+if __name__ == "__main__":
+    PATH.write_text(document())
+    print(PATH)

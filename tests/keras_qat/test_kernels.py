@@ -1,0 +1,154 @@
+"""What the QAT model assumes of TFLite's kernels, against the kernels themselves."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_qat import kernels, numerics
+from keras_qat.layers import Rescale
+from tflite_export import Op, Program, Tensor, write
+from tflite_export.runtimes import RUNTIMES, run
+
+each_runtime = pytest.mark.parametrize("runtime", RUNTIMES)
+ALL_INT8 = np.arange(-128, 128).astype(np.int8)
+
+
+def random_grids(count, seed) -> list[tuple[float, int]]:
+    generator = np.random.default_rng(seed)
+    scales = np.exp(generator.uniform(np.log(1e-3), np.log(0.3), count)).astype(np.float32)
+    return list(zip(scales.tolist(), generator.integers(-128, 128, count).tolist(), strict=True))
+
+
+class OpsInParallel:
+    """A program of one op on each of several pairs of grids, so that a runtime is started once for all of them."""
+
+    def __init__(self):
+        self.program, self.values = Program(), []
+
+    def add(self, kind, values, grid, output_shape, output_grid, constants=(), **options) -> None:
+        """One more op on `values` (integers without the batch axis), its constants behind them."""
+        index = len(self.values)
+        names = [f"{what}{index}" for what in ("in", "out")]
+        for name, shape, (scale, zero_point) in zip(
+            names, (values.shape, output_shape), (grid, output_grid), strict=True
+        ):
+            self.program.add(Tensor(name, (1, *shape), "int8", (float(scale),), int(zero_point)))
+        self.program.inputs[names[0]], self.program.outputs[names[1]] = names
+        inputs = [names[0], *(self.program.add(constant) for constant in constants)]
+        self.program.ops.append(Op(kind, inputs, [names[1]], options))
+        self.values.append(values[None].astype(np.int8))
+
+    def run(self, runtime) -> list[np.ndarray]:
+        return [output[0].astype(int) for output in run(runtime, write(self.program), self.values).outputs]
+
+
+def differing(found, expected) -> dict:
+    """Index of each op that differs → how many elements of it, and by how much at the most."""
+    differences = [np.abs(one - other) for one, other in zip(found, expected, strict=True)]
+    return {index: (int((d > 0).sum()), int(d.max())) for index, d in enumerate(differences) if d.any()}
+
+
+# --- HARD_SWISH ------------------------------------------------------------------------------------------------------
+
+
+def hard_swish_grids() -> list:
+    """Random pairs. The kernel refuses an output whose scale is less than 1/128 of the input's."""
+    pairs = zip(random_grids(60, seed=0), random_grids(60, seed=1), strict=True)
+    return [(grid, output_grid) for grid, output_grid in pairs if output_grid[0] * 127 > grid[0]][:40]
+
+
+@each_runtime
+def test_hard_swish_is_the_kernels(runtime):
+    """All integers, on 40 pairs of scales and zero points."""
+    ops, expected = OpsInParallel(), []
+    assert len(hard_swish_grids()) == 40
+    for grid, output_grid in hard_swish_grids():
+        ops.add("HARD_SWISH", ALL_INT8, grid, (256,), output_grid)
+        integers = ALL_INT8.astype(np.float32) - grid[1]
+        scales = tf.constant(grid[0]), tf.constant(output_grid[0])
+        result = np.asarray(kernels.hard_swish(integers, *scales)).astype(int) + output_grid[1]
+        expected.append(np.clip(result, -128, 127))
+    assert not differing(ops.run(runtime), expected)
+
+
+# --- MEAN ------------------------------------------------------------------------------------------------------------
+
+
+def axes(*numbers) -> Tensor:
+    return Tensor("axes", (len(numbers),), "int32", data=np.array(numbers, np.int32))
+
+
+def values_with_sums(sums, count) -> np.ndarray:
+    """Integers of shape (count, 1, sums): each column adds up to its sum."""
+    whole, rest = np.divmod(sums, count)
+    return (whole + (np.arange(count)[:, None] < rest))[:, None]
+
+
+def telling_sums(count, multiplier, zero_point, generator) -> np.ndarray:
+    """Sums of int8 values whose mean is close to a half on the output's grid, and any others."""
+    halves = (np.arange(-255, 256) + 0.5) / multiplier
+    near = np.floor(halves[:, None] + np.arange(-1, 3)).astype(int).ravel() + count * zero_point
+    near = near[(near >= -128 * count) & (near <= 127 * count)]
+    return np.concatenate([near, generator.integers(-128 * count, 127 * count + 1, 200)])
+
+
+def mean_cases(count) -> list:
+    """Grids of the input and of the output, the latter moved as `FakeQuant` does it, and sums to average."""
+    generator, cases = np.random.default_rng(count), []
+    for scale, zero_point in random_grids(12, seed=count):
+        step = np.float32(scale / count)
+        wanted = np.exp(generator.uniform(np.log(2), np.log(min(4 * count, 8000))))  # steps to one of the output
+        output_scale = np.float32(step * wanted)
+        moved_step, moved = numerics.snap_to_kernels(
+            tf.constant(step), output_scale, numerics.FEWEST_STEPS, "down", count
+        )
+        assert moved == 1 and moved_step <= step * 1.0001, f"{wanted:.2f} steps were moved the wrong way"
+        output_grid = float(np.float32(output_scale * step / moved_step)), int(generator.integers(-128, 128))
+        sums = telling_sums(count, scale / (count * output_grid[0]), zero_point, generator)
+        cases.append(((scale, zero_point), output_grid, sums))
+    return cases
+
+
+@each_runtime
+@pytest.mark.parametrize("count", [16, 49, 64, 100, 1024])
+def test_mean_rounds_once_on_a_moved_scale(runtime, count):
+    """Everywhere but within the noise of XNNPACK's float32, which multiplies before it takes the zero point off."""
+    ops, expected, unclear = OpsInParallel(), [], []
+    for grid, output_grid, sums in mean_cases(count):
+        values = values_with_sums(sums, count)
+        ops.add("MEAN", values, grid, (1, 1, len(sums)), output_grid, [axes(1, 2)], keepDims=True)
+        multiplier = grid[0] / (count * output_grid[0])
+        exact = (sums - count * grid[1]) * multiplier
+        expected.append(np.clip(np.floor(exact + 0.5) + output_grid[1], -128, 127).astype(int)[None, None])
+        unclear.append(np.abs(exact % 1 - 0.5) < 2.0**-24 * 384 * (count * multiplier + 1))
+    found = ops.run(runtime)
+    if runtime == "xnnpack":
+        assert max(np.abs(one - other).max() for one, other in zip(found, expected, strict=True)) <= 1
+        found, expected = (
+            [np.where(skip, 0, one) for one, skip in zip(results, unclear, strict=True)]
+            for results in (found, expected)
+        )
+    assert not differing(found, expected)
+
+
+# --- MUL with a constant ---------------------------------------------------------------------------------------------
+
+
+@each_runtime
+@pytest.mark.parametrize("same_grid", [True, False])
+def test_rescale_rounds_once(runtime, same_grid):
+    """All integers, by factors below and above 1, of both signs, onto finer and onto coarser grids."""
+    generator, ops, expected = np.random.default_rng(6), OpsInParallel(), []
+    for grid in random_grids(40, seed=5):
+        factor = float(generator.choice([-1, 1]) * np.exp(generator.uniform(np.log(0.01), np.log(4))))
+        coarseness = abs(factor) * np.exp(generator.uniform(np.log(0.3), np.log(30)))
+        moved = float(np.float32(grid[0] * coarseness)), int(generator.integers(-128, 128))
+        output_grid = grid if same_grid else moved
+        scales = tf.constant(grid[0]), tf.constant(output_grid[0])
+        integer, scale, snapped = (float(x) for x in Rescale(factor).integers(*scales))
+        assert snapped == 1 and abs(integer * scale / factor - 1) < 0.02
+        constant = Tensor("constant", (), "int8", (scale,), data=np.array(integer, np.int8))
+        ops.add("MUL", ALL_INT8, grid, (256,), output_grid, [constant])
+        exact = (ALL_INT8.astype(float) - grid[1]) * integer * (grid[0] * scale / output_grid[0])
+        expected.append(np.clip(np.floor(exact + 0.5) + output_grid[1], -128, 127).astype(int))
+    assert not differing(ops.run(runtime), expected)
