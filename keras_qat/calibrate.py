@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_qat.data import as_called, input_values
 from keras_qat.layers import FakeQuant, calibrating, require_qat
 
 _METHODS = ("minmax",)
@@ -16,8 +17,8 @@ def calibrate(
 
     Args:
         qat: What `kq.quantize` returned.
-        data: A `tf.data.Dataset` or an iterable of batches (inputs, or `(inputs, targets)`), or an array of samples (a
-            list or dict of arrays for several inputs).
+        data: A `tf.data.Dataset`, an iterable or a list of batches (inputs, or `(inputs, targets)`), or an array of
+            samples (a list or dict of arrays for several inputs).
         method: "minmax": the smallest and largest value that any batch has.
         steps: How many batches to use at the most.
         batch_size: For arrays.
@@ -42,7 +43,7 @@ def calibrate(
         for layer in layers:
             layer.quantizer.forget()
         count = 0
-        for batch in _batches(data, batch_size):
+        for batch in _batches(qat, data, batch_size):
             if steps is not None and count >= steps:
                 break
             observe(_checked(qat, batch))
@@ -57,8 +58,10 @@ def calibrate(
     return qat
 
 
-def _batches(data, batch_size):
+def _batches(qat, data, batch_size):
     """Batches of inputs, without targets."""
+    if _is_list_of_batches(qat, data):
+        data = iter(data)
     if isinstance(data, tf.data.Dataset) or hasattr(data, "__next__") or hasattr(data, "num_batches"):
         for batch in data if not hasattr(data, "num_batches") else (data[i] for i in range(data.num_batches)):
             yield batch[0] if isinstance(batch, tuple) else batch
@@ -72,11 +75,23 @@ def _batches(data, batch_size):
             yield batch[0] if isinstance(batch, tuple) else batch
 
 
+def _is_list_of_batches(qat, data) -> bool:
+    """Whether a list holds batches for the only input, rather than one array for each input."""
+    if not isinstance(data, (list, tuple)) or len(data) < 2 or len(qat.inputs) > 1:
+        return False
+    batches = [batch[0] if isinstance(batch, tuple) and batch else batch for batch in data]
+    return all(tuple(np.shape(batch)[1:]) == tuple(qat.inputs[0].shape[1:]) for batch in batches)
+
+
 def _checked(qat, batch):
-    """The batch, if its shapes fit and all its numbers are finite."""
-    values = keras.tree.flatten(batch)
+    """The batch as the model is called with it, if its shapes fit and all its numbers are finite."""
+    values = input_values(qat, batch)
     if len(values) != len(qat.inputs):
-        raise ValueError(f"The model has {len(qat.inputs)} input(s). Received: a batch of {len(values)} arrays.")
+        shapes = {tensor._keras_history.operation.name: ("batch", *tensor.shape[1:]) for tensor in qat.inputs}
+        raise ValueError(
+            f"The model has {len(qat.inputs)} input(s). Expected arrays of shapes {shapes}. Received: a batch of "
+            f"{len(values)} arrays of shapes {[np.shape(value) for value in values]}"
+        )
     for value, tensor in zip(values, qat.inputs, strict=True):
         name = tensor._keras_history.operation.name
         if tuple(value.shape[1:]) != tuple(tensor.shape[1:]):
@@ -86,4 +101,4 @@ def _checked(qat, batch):
             )
         if np.issubdtype(np.asarray(value).dtype, np.floating) and not np.all(np.isfinite(value)):
             raise ValueError(f"Calibration data for input {name!r} holds NaN or infinite values. Clean it first.")
-    return keras.tree.map_structure(tf.convert_to_tensor, batch)
+    return as_called(qat, [tf.convert_to_tensor(value) for value in values])

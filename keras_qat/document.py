@@ -85,16 +85,18 @@ def _on(shape, call: Callable, dtype: str = "float32") -> keras.Model:
 # model.
 _CALLS: dict[str, Callable] = {
     "CategoryEncoding": lambda: _on((4,), layers.CategoryEncoding(4), "int32"),
+    "CenterCrop": lambda: _on((4, 4, 3), layers.CenterCrop(2, 2)),
     "ConvLSTM3D": lambda: _on((4, 4, 4, 4, 2), layers.ConvLSTM3D(2, 2)),
     "Embedding": lambda: _on((4,), layers.Embedding(10, 4), "int32"),
     "GroupNormalization": lambda x: layers.GroupNormalization(2)(x),
     "RandomColorDegeneration": lambda: _on((4, 4, 3), layers.RandomColorDegeneration(0.2)),
     "RandomPosterization": lambda: _on((4, 4, 3), layers.RandomPosterization(4)),
+    "Resizing": lambda: _on((4, 4, 3), layers.Resizing(2, 2)),
     "ReversibleEmbedding": lambda: _on((4,), layers.ReversibleEmbedding(10, 4), "int32"),
     "SpectralNormalization": lambda x: layers.SpectralNormalization(layers.Dense(4))(x),
     "TimeDistributed": lambda x: layers.TimeDistributed(layers.Dense(4))(x),
-    "ops.argmax": lambda x: ops.argmax(x, axis=-1),
-    "ops.argmin": lambda x: ops.argmin(x, axis=-1),
+    "ops.argmax": lambda x: ops.argmax(ops.relu(x), axis=-1),  # on its own it leaves nothing to train
+    "ops.argmin": lambda x: ops.argmin(ops.relu(x), axis=-1),
     "ops.depthwise_conv": lambda x: ops.depthwise_conv(x, np.full((2, 4, 1), 0.5, "float32")),
     "ops.dot_product_attention": lambda: _on((4, 2, 4), lambda x: ops.dot_product_attention(x, x, x)),
     "ops.einsum": lambda x, y: ops.einsum("btc,bsc->bts", x, y),
@@ -110,6 +112,7 @@ _CALLS: dict[str, Callable] = {
     "ops.std": lambda x: ops.std(x, axis=-1),
     "ops.sum": lambda x: ops.sum(x, axis=-1),
     "ops.take": lambda x: ops.take(x, np.array([0, 2]), axis=1),
+    "ops.tensordot (x, constant)": lambda x: ops.tensordot(x, np.full((4, 4), 0.5, "float32"), axes=1),
     "ops.tile": lambda x: ops.tile(x, (1, 2, 1)),
     "ops.transpose": lambda x: ops.transpose(x, (0, 2, 1)),
     "ops.unstack": lambda x: ops.unstack(x, axis=1),
@@ -127,13 +130,14 @@ _NO_LAYERS = {
     *("Discretization", "Equalization", "HashedCrossing", "Hashing", "MaxNumBoundingBoxes", "STFTSpectrogram"),
 }
 
-_TRAINING = "training only"
+_TRAINING, _MOVED = "training only", "as input"
 RANGES = {
     "observed": "the result has a range of its own, observed in training",
-    "as input": "values are only moved or chosen: the result shares its input's range, without any rounding",
+    _MOVED: "values are only moved or chosen: the result shares its input's range, without any rounding",
     "rounded": "the result shares its input's range, and is rounded to it again",
     "joined": "its inputs' range, which it has a say in",
     "fixed": "known beforehand: TFLite prescribes the range, or the operation itself ends it",
+    "-": "the result is not on a grid: whole numbers",
 }
 _INTRODUCTION = """\
 # What becomes of Keras layers and functions
@@ -199,7 +203,7 @@ def layers_section(entries: list[Entry]) -> str:
     return (
         f"## keras.layers\n\n{_table(rows)}\n\n"
         f"In training only, and not in the file: {_listed(gone)}.\n\nRefused:\n"
-        + "".join(f"- {reason} {_listed(names)}\n" for reason, names in refused.items())
+        + "".join(f"- {_listed(names)}: {reason}\n" for reason, names in refused.items())
     )
 
 
@@ -229,12 +233,12 @@ def function_entries() -> list[Entry]:
         for name, function in sorted(vars(module).items()):
             if inspect.isfunction(function):
                 names.setdefault(function, []).append(f"{prefix}.{name}")
-    return [
-        entry
-        for function, aliases in names.items()
-        for label, call in _variants(function, ", ".join(aliases)).items()
-        if (entry := _entry(label, _models(_CALLS.get(label) or call), skip=_is_unknown)) is not None
-    ]
+    calls: dict[str, Callable] = {}
+    for function, aliases in names.items():
+        calls.update(_variants(function, ", ".join(aliases)))
+    # The first model tells the operation, and so whether the function is known.
+    found = [_entry(name, itertools.takewhile(_is_known, _models(_CALLS.get(name, calls[name])))) for name in calls]
+    return [entry for entry in found if entry is not None]
 
 
 def _variants(function, name: str) -> dict[str, Callable]:
@@ -307,30 +311,38 @@ def _argument(name: str):
 # --- what becomes of them --------------------------------------------------------------------------------------------
 
 
-def _entry(name: str, models: Iterable[keras.Model], skip: Callable = lambda model: False) -> Entry | None:
+def _entry(name: str, models: Iterable[keras.Model]) -> Entry | None:
     """That of the first model which can be quantized, else the reason why the first one cannot; None for no model."""
-    entry = None
-    for model in itertools.islice(models, _TRIES):
-        try:
-            if skip(model):
-                return None
-            explanation = kq.explain(model)
-            if explanation.supported:
-                return _supported(name, model, explanation)
-        except Exception as error:
-            return Entry(name, failure=f"{type(error).__name__}: {error}")
-        problem = explanation.problems[0]
-        entry = entry or Entry(name, refusal=f"{problem.reason} {problem.way_out}")
-    return entry
+    refused = None
+    try:
+        for model in itertools.islice(models, _TRIES):
+            entry = _examined(name, model)
+            if not entry.refusal:
+                return entry
+            refused = refused or entry
+    except Exception as error:
+        return Entry(name, failure=f"{type(error).__name__}: {error}")
+    return refused
 
 
-def _supported(name: str, model: keras.Model, explanation: kq.Explanation) -> Entry:
-    ranges = [row.range.split(",")[0] for row in explanation.rows if row.range != _TRAINING]
+def _examined(name: str, model: keras.Model) -> Entry:
     node = _node(model)
-    if not ranges:
-        return Entry(name, key_of(node.operation), range=_TRAINING)
+    key, row = key_of(node.operation), row_of(node.operation)
+    if row is not None and row.range == "train":
+        return Entry(name, key, range=_TRAINING)
+    explanation = kq.explain(model)
+    if not explanation.supported:
+        problem = explanation.problems[0]
+        return Entry(name, key, refusal=f"{problem.reason} {problem.way_out}")
     kinds = _frozen_ops(model)
-    return Entry(name, key_of(node.operation), kinds, ranges[-1], " ".join(_notes(node, kinds)))
+    range_kind = "-" if "int" in model.outputs[0].dtype else _range(explanation)
+    return Entry(name, key, kinds, range_kind, " ".join(_notes(node, kinds)))
+
+
+def _range(explanation: kq.Explanation) -> str:
+    """The range of the result; where the last operation only moves values, that of what it moves."""
+    kinds = [row.range.split(",")[0] for row in explanation.rows]
+    return next((kind for kind in reversed(kinds) if kind not in (_TRAINING, _MOVED)), _MOVED)
 
 
 def _frozen_ops(model: keras.Model) -> tuple[str, ...]:
@@ -352,9 +364,9 @@ def _lowering(node):
     return lowering_of(node.operation, node.arguments.args, node.arguments.kwargs)
 
 
-def _is_unknown(model: keras.Model) -> bool:
+def _is_known(model: keras.Model) -> bool:
     node = _node(model)
-    return row_of(node.operation) is None and _lowering(node) is None
+    return row_of(node.operation) is not None or _lowering(node) is not None
 
 
 def _notes(node, kinds: tuple[str, ...]) -> Iterator[str]:

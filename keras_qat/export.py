@@ -10,8 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 import tflite_export
+from keras_qat.data import as_called, input_values
 from keras_qat.graph.freeze import freeze, taps
 from keras_qat.graph.walk import input_names
+from keras_qat.layers import is_qat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +51,8 @@ def export(
     path: str | os.PathLike,
     verify_with=None,
     *,
-    input_type: str = "int8",
-    output_type: str = "int8",
+    input_type="int8",
+    output_type="int8",
     dynamic_batch: bool = False,
     runtimes: tuple[str, ...] = ("litert", "xnnpack", "tflm"),
 ) -> ExportReport:
@@ -59,9 +61,10 @@ def export(
     Args:
         qat: What `kq.quantize` returned, trained or calibrated.
         path: Of the file. A file that is there already survives until the new one is right.
-        verify_with: Real inputs (array, list, dict or a dataset, of which 256 samples are taken). `None`: random ones from the observed
-            input ranges.
-        input_type, output_type: "int8", "uint8" or "float32" at the rim of the file.
+        verify_with: Real inputs (array, list, dict or a dataset, of which 256 samples are taken). `None`: random ones
+            from the observed input ranges.
+        input_type, output_type: "int8", "uint8" or "float32" at the rim of the file; or such a type of NumPy or
+            TensorFlow.
         dynamic_batch: The file takes any batch size instead of 1.
         runtimes: Which to verify on.
 
@@ -71,14 +74,31 @@ def export(
     Raises:
         ExportError: if a runtime disagrees with the model.
     """
-    path = pathlib.Path(path)
-    content = tflite_export.write(freeze(qat, input_type, output_type, dynamic_batch))
-    samples = _random_inputs(qat) if verify_with is None else _samples(verify_with)
-    parity = tflite_export.verify(content, qat, samples, runtimes=runtimes)
+    path = _path(path)
+    types = _type_name("input_type", input_type), _type_name("output_type", output_type)
+    content = tflite_export.write(freeze(qat, *types, dynamic_batch))
+    samples = _random_inputs(qat) if verify_with is None else input_values(qat, _samples(verify_with))
+    parity = tflite_export.verify(content, lambda x: qat.predict(as_called(qat, x), verbose=0), samples, runtimes)
     if not parity.passed:
         raise ExportError(f"{path} was not written: the runtimes disagree with the QAT model.\n{parity}", parity)
     _write_atomically(path, content)
     return ExportReport(str(path), tflite_export.inspect(content), parity)
+
+
+def _path(path: str | os.PathLike) -> pathlib.Path:
+    if not os.fspath(path):
+        raise ValueError("path says where the file goes. Expected a file name like 'model.tflite'. Received: ''")
+    return pathlib.Path(path)
+
+
+def _type_name(argument: str, dtype) -> str:
+    """The name of an element type, given as that or as an object of NumPy or TensorFlow."""
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", None))
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{argument} is 'int8', 'uint8' or 'float32', or a type object like np.uint8. Received: {dtype!r}"
+        )
+    return name
 
 
 def _write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -122,14 +142,13 @@ def _samples(data, enough: int = 256):
     return keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *batches)
 
 
-def _random_inputs(qat, samples: int = 64):
+def _random_inputs(qat, samples: int = 64) -> list[np.ndarray]:
     """Uniform noise over the range of each input."""
     generator = np.random.default_rng(0)
-    arrays = [
+    return [
         generator.uniform(*_range_of(qat, name), (samples, *tensor.shape[1:])).astype(tensor.dtype)
         for name, tensor in zip(input_names(qat), qat.inputs, strict=True)
     ]
-    return keras.tree.pack_sequence_as(qat._inputs_struct, arrays)
 
 
 def _range_of(qat, input_name: str) -> tuple[float, float]:
@@ -141,8 +160,13 @@ def _range_of(qat, input_name: str) -> tuple[float, float]:
 @tflite_export.reference_tensors.register(keras.Model)
 def _reference_tensors(qat: keras.Model, inputs) -> dict[str, np.ndarray]:
     """The QAT model's own values of the file's tensors, for the per-layer view of `verify`."""
+    if not is_qat(qat):
+        raise ValueError(
+            f"per_layer=True compares with the tensors inside of a QAT model. Expected what kq.quantize returned, or a "
+            f"dict of arrays by tensor name. Received: {qat!r}. Leave per_layer out to compare its outputs."
+        )
     names, model = taps(qat)
-    values = model.predict(inputs, verbose=0)
+    values = model.predict(as_called(qat, input_values(qat, inputs)), verbose=0)
     tensors = dict(zip(names, values if isinstance(values, list) else [values], strict=True))
     # A one-dimensional operation writes an image of one row, which is then reshaped (see emit.Call.image_output).
     return {**tensors, **{f"{name}/result": value for name, value in tensors.items()}}

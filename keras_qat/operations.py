@@ -215,7 +215,24 @@ def _pad_range(node):
 
 
 def _upsampling_range(node):
-    return "same" if node.operation.interpolation == "nearest" else "rounded"
+    return "same" if getattr(node.operation, "interpolation", "nearest") == "nearest" else "rounded"
+
+
+def _masks(node):
+    return (
+        "Which steps it leaves out depends on the data.",
+        "Train on sequences of one length, or multiply by a mask of 0 and 1 that is an input of its own.",
+    )
+
+
+def _resizes(node):
+    op = node.operation
+    if op.antialias or op.crop_to_aspect_ratio or op.pad_to_aspect_ratio or len(node.input_tensors[0].shape) != 4:
+        return (
+            "TFLite resizes batches of images without antialiasing, cropping or padding.",
+            "Do these by other layers.",
+        )
+    return _upsamples(node)
 
 
 def _upsamples(node):
@@ -281,6 +298,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Pad": _PAD,
     "UpSampling1D": _UPSAMPLING,
     "UpSampling2D": _UPSAMPLING,
+    "ops.Resize": Row("RESIZE_*", _upsampling_range, emit.resize, refuses=_resizes),
     "Reshape": _RESHAPE,
     "Flatten": _RESHAPE,
     "ops.Reshape": _RESHAPE,
@@ -304,9 +322,14 @@ OPERATIONS: dict[str, Row] = {
     # functions of single numbers
     "Pointwise": Row("look-up", "own", emit.pointwise),
     **{key: Row(SINGLE_OPS.get(key, "CAST + ADD + GATHER"), "look-up", refuses=_one_tensor) for key in sorted(LOOKUPS)},
-    # training only
+    # training only, or refused
+    "Masking": Row("-", "train", refuses=_masks),
     "Identity": _TRAINING_ONLY,
     "ops.Cast": _TRAINING_ONLY,
+    "ops.ConvertToTensor": _TRAINING_ONLY,
+    "ops.Copy": _TRAINING_ONLY,
+    "ops.StopGradient": _TRAINING_ONLY,
+    "SpatialDropout3D": _TRAINING_ONLY,
     "ops.Identity": _TRAINING_ONLY,
     "ActivityRegularization": _TRAINING_ONLY,
     "AddedLoss": _TRAINING_ONLY,

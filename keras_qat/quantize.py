@@ -1,6 +1,7 @@
 """`quantize` and `explain`: the way from a float model to a QAT model, and what it would do on the way."""
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -15,10 +16,11 @@ from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lookups import merge_lookups
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import original, trace
-from keras_qat.graph.walk import input_names, nodes_of
+from keras_qat.graph.walk import input_names, key_of, nodes_of
 from keras_qat.layers import is_qat
 from keras_qat.operations import row_of
 from keras_qat.spec import Rule, Rules, Scheme, resolve_scheme
+from tflite_export.program import unique_name
 from tflite_export.table import table
 
 _INTEGER_INPUTS = {"uint8": (0.0, 255.0), "int8": (-128.0, 127.0)}
@@ -118,21 +120,16 @@ def explain(
     """
     prepared = _prepare(model, scheme, rules, input_range, inputs)
     if prepared.problems:
-        rows = [_row_before_planning(node) for node in nodes_of(prepared.flat)]
+        reasons = {problem.layer: problem.reason for problem in prepared.problems}
+        rows = [_row_before_planning(node, reasons) for node in nodes_of(prepared.flat)]
     else:
-        rows = [_row(node, prepared) for node in nodes_of(prepared.fused)]
-    by_layer = {problem.layer: problem for problem in prepared.problems}
-    rows = [
-        dataclasses.replace(row, integer_op="none", range="-", reason=by_layer[row.layer].reason)
-        if row.layer in by_layer
-        else row
-        for row in rows
-    ]
+        rows = _with_folded([_row(node, prepared) for node in nodes_of(prepared.fused)], prepared.traced, model)
     return Explanation(rows, prepared.problems)
 
 
 @dataclasses.dataclass
 class _Prepared:
+    traced: keras.Model
     flat: keras.Model
     problems: list[Problem]
     output_names: list[str]
@@ -146,11 +143,11 @@ def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
     if is_qat(model):
         raise ValueError(f"Model {model.name!r} is quantized already: kq.quantize takes the float model.")
     known = Rules(rules, resolve_scheme(scheme))
-    flat, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
-    flat = merge_lookups(flat)
+    traced, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
+    flat = merge_lookups(traced)
     names = _output_names_of(model, flat)
-    problems = problems + _refusals(flat) + _bad_weights(flat) + _never_called(model)
-    prepared = _Prepared(flat, problems, names, known)
+    problems = list(dict.fromkeys(problems + _refusals(flat) + _bad_weights(flat)))
+    prepared = _Prepared(traced, flat, problems, names, known)
     if not problems:
         _free_names(flat, names)
         prepared.fused = fuse(flat, known)
@@ -180,10 +177,11 @@ def _free_names(flat, names) -> None:
 
 def _with_output_names(qat, names):
     """The QAT model with outputs named as in float: losses and metrics by name go on working."""
-    flat = [
-        tensor if tensor._keras_history.operation.name == name else keras.layers.Identity(name=name)(tensor)
-        for name, tensor in zip(names, qat.outputs, strict=True)
-    ]
+    taken, flat = input_names(qat), []
+    for name, tensor in zip(names, qat.outputs, strict=True):
+        taken.append(unique_name(name, taken))
+        has_name = tensor._keras_history.operation.name == taken[-1]
+        flat.append(tensor if has_name else keras.layers.Identity(name=taken[-1])(tensor))
     outputs = tree.pack_sequence_as(qat._outputs_struct, flat)
     return keras.Model(qat._inputs_struct, outputs, name=qat.name)
 
@@ -195,7 +193,7 @@ def _refusals(flat) -> list[Problem]:
         row = row_of(node.operation)
         answer = row.refuses(node) if row is not None and row.refuses is not None else None
         if answer is not None:
-            found.append(Problem(_path(node.operation), type(node.operation).__name__, *answer))
+            found.append(Problem(_place(node.operation), type(node.operation).__name__, *answer))
     return found
 
 
@@ -208,15 +206,6 @@ def _bad_weights(flat) -> list[Problem]:
                 found.append(Problem(_path(layer), type(layer).__name__, reason, "Load or train sound weights first."))
                 break
     return found
-
-
-def _never_called(model) -> list[Problem]:
-    reason = "It belongs to the model but was never called, so it has no weights and no place in the graph."
-    return [
-        Problem(layer.name, type(layer).__name__, reason, "Call it in the model's call, or take it out.")
-        for layer in model._flatten_layers(include_self=False)
-        if not layer.built
-    ]
 
 
 def _input_ranges(flat, input_range) -> dict[str, tuple[float, float]]:
@@ -244,9 +233,36 @@ def _path(operation) -> str:
     return operation.name.replace(".", "/")
 
 
-def _row_before_planning(node) -> Row:
-    row = row_of(node.operation)
-    return Row(_path(node.operation), type(original(node.operation)).__name__, row.op if row else "none", "", "", "")
+def _place(operation) -> str:
+    """The path, without the number of a keras.ops operation: code that runs several times has each problem once."""
+    path = _path(operation)
+    return path if isinstance(original(operation), keras.Layer) else re.sub(r"_\d+$", "", path)
+
+
+def _row_before_planning(node, reasons: dict[str, str]) -> Row:
+    row, keras_name = row_of(node.operation), type(original(node.operation)).__name__
+    for name in (_path(node.operation), _place(node.operation)):
+        if name in reasons:
+            return Row(_path(node.operation), keras_name, "none", "-", "", "", reasons[name])
+    return Row(_path(node.operation), keras_name, row.op if row else "none", "", "", "")
+
+
+def _with_folded(rows: list[Row], traced, model) -> list[Row]:
+    """The rows, and one for each scaling or batch norm that lives on in the weights of its neighbours."""
+    kinds = {layer.name: type(layer).__name__ for layer in model._flatten_layers()}
+    surviving, place, behind = {row.layer for row in rows}, "", {}
+    for node in nodes_of(traced):
+        path = _path(node.operation)
+        if path in surviving:
+            place = path
+        elif key_of(node.operation) in ("BatchNormalization", "ChannelScale"):
+            names = path.split("/")[::-1]
+            keras_name = next((kinds[name] for name in names if name in kinds), names[0])
+            behind.setdefault(place, {})[path] = Row(path, keras_name, "folded", "-", "", "")
+    return [
+        *behind.pop("", {}).values(),
+        *(shown for row in rows for shown in (row, *behind.pop(row.layer, {}).values())),
+    ]
 
 
 def _row(node, prepared: _Prepared) -> Row:

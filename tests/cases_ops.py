@@ -97,3 +97,48 @@ MOVES = [
     ),
 ]
 KERAS_OPS = [*FUNCTIONS, *ARITHMETIC, *REDUCTIONS, *MOVES]
+_VOLUME = (4, 6, 6, 3)
+_KERNEL = np.random.default_rng(2).normal(size=(3, 3, 8, 4)).astype("float32")
+LAYERS = [
+    Case(f"activation_{name}", lambda x, name=name: layers.Dense(6, activation=name)(x), (SERIES,))
+    for name in (
+        "celu",
+        "elu",
+        "exponential",
+        "gelu",
+        "hard_tanh",
+        "log_sigmoid",
+        "mish",
+        "selu",
+        "softplus",
+        "softsign",
+    )
+] + [
+    Case("elu_layer", lambda x: layers.ELU()(x), (SERIES,)),
+    Case("prelu", lambda x: layers.PReLU("uniform")(x), (SERIES,)),
+    Case("prelu_shared", lambda x: layers.PReLU("uniform", shared_axes=[1, 2])(layers.Conv2D(4, 3)(x))),
+    Case("glu", lambda x: ops.glu(x), (SERIES,)),
+    Case("conv1d_transposed", lambda x: layers.Conv1DTranspose(5, 3, 2, "same", activation="relu")(x), (SERIES,), True),
+    Case("depthwise1d", lambda x: layers.DepthwiseConv1D(3)(x), (SERIES,), True),
+    Case("conv3d", lambda x: layers.Conv3D(5, 3, activation="relu")(x), (_VOLUME,), True),
+    Case("conv3d_same_strided", lambda x: layers.Conv3D(5, (2, 3, 3), 2, "same")(x), (_VOLUME,), True),
+    Case("max_pool_3d", lambda x: layers.MaxPooling3D(2)(x), (_VOLUME,)),
+    Case("max_pool_3d_same", lambda x: layers.MaxPooling3D(3, 2, "same")(x), (_VOLUME,)),
+    Case("average_pool_3d", lambda x: layers.AveragePooling3D(2)(x), (_VOLUME,)),
+    Case("global_average_3d", lambda x: layers.GlobalAveragePooling3D()(x), (_VOLUME,)),
+    Case("global_max_3d", lambda x: layers.GlobalMaxPooling3D()(x), (_VOLUME,)),
+    Case("zero_padding_3d", lambda x: layers.ZeroPadding3D(1)(x), (_VOLUME,)),
+    Case("cropping_3d", lambda x: layers.Cropping3D(1)(x), (_VOLUME,)),
+    Case("upsampling_3d", lambda x: layers.UpSampling3D(2)(x), (_VOLUME,)),
+    Case("upsampling_1d", lambda x: layers.UpSampling1D(2)(x), (SERIES,)),
+    Case("conv_by_ops", lambda x: ops.conv(x, _KERNEL, 2, "same"), exact=True),
+    Case("depthwise_by_ops", lambda x: ops.depthwise_conv(x, _KERNEL[..., :1]), exact=True),
+    Case("pools_by_ops", lambda x: ops.max_pool(ops.average_pool(x, 2), 2)),
+    Case("adaptive_average", lambda x: layers.AdaptiveAveragePooling2D(3)(x)),
+    Case("adaptive_max_1d", lambda x: layers.AdaptiveMaxPooling1D(4)(x), (SERIES,)),
+    Case("resizing_nearest", lambda x: layers.Resizing(7, 5, interpolation="nearest")(x)),
+    Case("center_crop", lambda x: layers.CenterCrop(4, 4)(x)),
+    Case("gray", lambda x: ops.image.rgb_to_grayscale(x), ((8, 8, 3),)),
+    Case("lambda", lambda x: layers.Lambda(lambda t: ops.relu(t) * 2.0 + ops.mean(t, -1, keepdims=True))(x), (SERIES,)),
+]
+KERAS_OPS += LAYERS

@@ -80,15 +80,17 @@ class _Flow:
         self.kinds = {id(node): row_of_node(node).range_kind(node) for node in self.nodes}
         self.root = {id(tensor): tensor for tensor in model.inputs}
         self.readers: dict[int, int] = {}
-        self.on_grid: set[int] = set()  # ids of the tensors that an integer op reads
+        self.on_grid: set[int] = set()  # ids of the tensors that an integer op reads, or nothing but the outside world
+        in_float: set[int] = set()
         for node in self.nodes:
             is_gone = self.kinds[id(node)] == "train"
             for tensor in node.outputs:
                 self.root[id(tensor)] = self.root[id(node.input_tensors[0])] if is_gone else tensor
             if not is_gone and self.kinds[id(node)] != "constant":
                 self._count(node.input_tensors)
-                if self.kinds[id(node)] != "float":
-                    self.on_grid.update(id(self.root[id(tensor)]) for tensor in node.input_tensors)
+                is_float = self.kinds[id(node)] == "float"
+                (in_float if is_float else self.on_grid).update(id(self.root[id(x)]) for x in node.input_tensors)
+        self.on_grid.update({id(tensor) for tensor in model.inputs} - in_float)
         self._count(model.outputs)
 
     def _count(self, tensors):

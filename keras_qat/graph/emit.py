@@ -493,8 +493,16 @@ def pad(call: Call) -> None:
 def upsampling(call: Call) -> None:
     image = call.as_image(call.inputs[0])
     height, width = _pair(call.operation.size) if hasattr(call.operation.size, "__len__") else (1, call.operation.size)
-    batch, rows, columns, channels = call.shape(image)
-    size = (rows * height, columns * width)
+    rows, columns = call.shape(image)[1:3]
+    _resize(call, image, (rows * height, columns * width))
+
+
+def resize(call: Call) -> None:
+    _resize(call, call.inputs[0], call.operation.size)
+
+
+def _resize(call: Call, image: str, size) -> None:
+    batch, _, _, channels = call.shape(image)
     result = call.image_output((batch, *size, channels))
     kind = "NEAREST_NEIGHBOR" if getattr(call.operation, "interpolation", "nearest") == "nearest" else "BILINEAR"
     call.op(f"RESIZE_{kind}", [image, call.constant("size", size, "int32")], result, halfPixelCenters=True)

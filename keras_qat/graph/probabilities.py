@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from keras_qat.compounds import Mask, Probabilities, Scores
 from keras_qat.graph.walk import Copies, key_of, nodes_of, producers_of, readers_of, rewrite
@@ -11,24 +12,27 @@ from keras_qat.operations import row_of
 _MOVES = ("Reshape", "ops.ExpandDims", "ops.Reshape", "ops.Squeeze", "ops.Transpose")
 
 
-def refine_probabilities(model):
+def refine_probabilities(model, stays_in_float: Callable = lambda node: False):
     """`softmax(mask(c · q @ k))` that only matmuls read → `Probabilities` of `Scores`, the factor taken over by the softmax.
 
-    SOFTMAX's own steps of 1/256 are too coarse for weights of a sum. At the model's output they stay.
+    SOFTMAX's own steps of 1/256 are too coarse for weights of a sum. At the model's output they stay; only a mask has
+    `Scores` in front of it everywhere.
     """
     graph, copies = _Graph(producers_of(model), readers_of(model)), Copies()
-    attentions = [_attention(node, graph) for node in nodes_of(model) if graph.only_weighs(node)]
-    factors = {id(attention.softmax): attention.factor for attention in attentions}
-    scalings = {id(node) for attention in attentions for node in attention.scalings}
+    softmaxes = [node for node in nodes_of(model) if key_of(node.operation) == "ops.Softmax"]
+    found = [_attention(node, graph) for node in softmaxes if not stays_in_float(node)]
+    attentions = [attention for attention in found if attention is not None]
     begins = {id(attention.begin): attention for attention in attentions}
+    weights = {id(attention.softmax): attention.factor for attention in attentions if attention.weighs}
+    absorbed = {id(node) for attention in attentions if attention.weighs for node in attention.scalings}
 
     def visit(node, args, kwargs):
         if id(node) in begins:
             args = (_scores(begins[id(node)], args[0], graph), *args[1:])
-        if id(node) in scalings:
+        if id(node) in absorbed:
             return args[0]
-        if id(node) in factors:
-            return Probabilities(factors[id(node)], name=node.operation.name)(args[0])
+        if id(node) in weights:
+            return Probabilities(weights[id(node)], name=node.operation.name)(args[0])
         return copies[node.operation](*args, **kwargs)
 
     return rewrite(model, visit)
@@ -36,15 +40,17 @@ def refine_probabilities(model):
 
 @dataclasses.dataclass
 class _Attention:
-    """What belongs to a softmax that weighs.
+    """What belongs to a softmax.
 
     Args:
         softmax: Its node.
+        weighs: Only matmuls read its result.
         begin: The node that is to read `Scores`: the first mask, or else the first that reads the scores.
-        scalings: The nodes that multiply the scores, or what they are a product of, with a number.
+        scalings: The nodes that multiply with a number between `begin` and the softmax; if it weighs, those in front too.
     """
 
     softmax: object
+    weighs: bool
     begin: object
     scalings: list
 
@@ -53,13 +59,18 @@ class _Attention:
         return math.prod(node.operation.scalars[0] for node in self.scalings)
 
 
-def _attention(softmax, graph) -> _Attention:
-    chain = [softmax, *graph.chain_to(softmax.input_tensors[0])]
+def _attention(softmax, graph) -> _Attention | None:
+    chain, weighs = [softmax, *graph.chain_to(softmax.input_tensors[0])], graph.only_weighs(softmax)
     masks = [node for node in chain if isinstance(node.operation, Mask)]
+    if not weighs and not masks:
+        return None
+    begin = (masks or chain)[-1]
     product = graph.lone_producer(chain[-1].input_tensors[0])
-    factors = product.input_tensors if product is not None and key_of(product.operation) == "ops.Matmul" else []
-    nodes = [*chain, *(node for factor in factors for node in graph.chain_to(factor))]
-    return _Attention(softmax, (masks or chain)[-1], [node for node in nodes if _is_scaling(node)])
+    if not weighs:
+        chain = chain[: chain.index(begin)]
+    elif product is not None and key_of(product.operation) == "ops.Matmul":
+        chain += [node for factor in product.input_tensors for node in graph.chain_to(factor)]
+    return _Attention(softmax, weighs, begin, [node for node in chain if _is_scaling(node)])
 
 
 def _scores(attention: _Attention, x, graph):
@@ -80,8 +91,8 @@ class _Graph:
     readers: dict
 
     def only_weighs(self, node) -> bool:
-        """Whether it is a softmax that nothing but matmuls computes with."""
-        return key_of(node.operation) == "ops.Softmax" and self._only_in_matmuls(node.outputs[0])
+        """Whether nothing but matmuls computes with a node's result."""
+        return self._only_in_matmuls(node.outputs[0])
 
     def _only_in_matmuls(self, tensor) -> bool:
         found = self.readers.get(id(tensor), [])

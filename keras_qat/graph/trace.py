@@ -3,9 +3,10 @@
 import contextlib
 import inspect
 import re
+import traceback
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_losses import collected, with_losses
@@ -164,7 +165,7 @@ class _Tracer:
         return copy(*args, **kwargs)
 
     def _leave_closed(self, operation, args, kwargs, path, reason):
-        way_out = "Rebuild it from what keras_qat.operations.OPERATIONS lists."
+        way_out = _instead_of(reason) or "Rebuild it from what keras_qat/OPERATIONS.md lists."
         self.problems.append(Problem(path, type(operation).__name__, reason, way_out))
         stand_in = _Closed(operation, name=self._unique(path))
         return stand_in(*args, **kwargs)
@@ -264,7 +265,30 @@ def _join(path, name):
 def _why_closed(operation, error) -> str:
     if type(operation).__module__.startswith("keras."):
         return _NO_FORM
-    return f"Its call cannot run on symbolic tensors: {type(error).__name__}: {_first_line(error)}"
+    line = _line_of(error)
+    if "TensorFlow function" in str(error):
+        return f"Its call uses TensorFlow's functions, which cannot be traced: {line}."
+    if "as a Python `bool`" in str(error) or "symbolic KerasTensor as a boolean" in str(error):
+        return f"Its call decides by the data which way to go: {line}."
+    return f"Its call cannot run on symbolic tensors: {type(error).__name__}: {_first_line(error)} In: {line}."
+
+
+def _line_of(error) -> str:
+    """The user's own line that raised an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not re.search(r"[/\\](keras|keras_qat|tensorflow|optree)[/\\]", frame.filename)]
+    return f"{own[-1].line!r} (line {own[-1].lineno} of {own[-1].filename})" if own else "unknown"
+
+
+def _instead_of(reason: str) -> str | None:
+    """The way out for a call that keras.ops has a twin of."""
+    if "which way to go" in reason:
+        return "Use keras.ops.where on values of one tensor, or decide outside of the model."
+    names = re.findall(r"\b(?:tf|tensorflow)\.([\w.]+)", reason)
+    if not names:
+        return None
+    twins = [f"keras.ops.{name.split('.')[-1]} for tf.{name}" for name in names if hasattr(ops, name.split(".")[-1])]
+    return f"Use {', '.join(twins)}." if twins else "Use functions of keras.ops in place of tf's."
 
 
 def _first_line(error) -> str:

@@ -5,12 +5,35 @@ does the same with primitive layers and keras.ops, or None to leave it alone. Tr
 rule may use whatever has a rule of its own. Each file here has the rules of one family in a dict `RULES`.
 """
 
-from keras_qat.graph.lower import activations, arithmetic, attention, convolutions, norms, recurrent, scalings, shapes
+from keras_qat.graph.lower import (
+    activations,
+    arithmetic,
+    attention,
+    convolutions,
+    images,
+    norms,
+    pooling,
+    recurrent,
+    scalings,
+    shapes,
+    volumes,
+)
 from keras_qat.graph.walk import key_of
 
-RULES = {}
-for _family in (activations, arithmetic, attention, convolutions, norms, recurrent, scalings, shapes):
-    RULES.update(_family.RULES)
+_FAMILIES = [
+    activations,
+    arithmetic,
+    attention,
+    convolutions,
+    images,
+    norms,
+    pooling,
+    recurrent,
+    scalings,
+    shapes,
+    volumes,
+]
+RULES = {key: rule for family in _FAMILIES for key, rule in family.RULES.items()}
 
 
 def lowering_of(operation, args, kwargs):

@@ -29,6 +29,8 @@ def symbolic(activation):
     name, module = getattr(activation, "__name__", ""), getattr(activation, "__module__", "") or ""
     if getattr(keras.activations, name, None) is activation and name in _NOT_SYMBOLIC:
         return _NOT_SYMBOLIC[name]
+    if name == "gelu" and module.startswith("tensorflow."):
+        return lambda x: ops.gelu(x, approximate=False)
     return getattr(ops, name, activation) if module.startswith("tensorflow.") else activation
 
 
@@ -82,6 +84,18 @@ _NOT_SYMBOLIC = {
     "hard_silu": ops.hard_silu,
     "mish": lambda x: x * ops.tanh(ops.softplus(x)),
 }
+
+
+def _glu(operation, args, kwargs):
+    axis = operation.axis
+
+    def glu(x):
+        first, second = ops.split(x, 2, axis=axis)
+        return first * ops.sigmoid(second)
+
+    return glu
+
+
 RULES = {
     **dict.fromkeys(_WITH_ACTIVATION, _split_activation),
     "Activation": _activation,
@@ -90,6 +104,8 @@ RULES = {
     "ops.ReLU": _relu,
     "ops.LeakyRelu": _leaky_relu,
     "ops.HardSilu": _hard_swish,
+    "ops.Glu": _glu,
+    "ops.HardTanh": lambda operation, args, kwargs: lambda x: ops.clip(x, -1.0, 1.0),
     "ops.Silu": _silu,
     "ops.HardSigmoid": _hard_sigmoid,
 }

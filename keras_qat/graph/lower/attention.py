@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_qat.compounds import Mask
 from keras_qat.graph.lower import contractions
+from keras_qat.graph.lower.moves import reshaped, transposed
 from keras_qat.graph.lower.weights import dense_of
 from keras_qat.layers import ChannelScale
 from keras_qat.primitives import Constant
@@ -29,17 +30,13 @@ def _dot_product_attention(operation, args, kwargs):
         shape = (groups, heads // groups * length)
         bias, mask = _split(bias, mask, _causal_mask(length, places) if is_causal else None)
         bias, mask = (_by_group(one, heads, length, (*shape, places)) for one in (bias, mask))
-        rows = _reshaped(ops.transpose(query, (0, 2, 1, 3)), (-1, *shape, size))
-        scores = ops.matmul(rows, ops.transpose(key, (0, 2, 3, 1))) * (size**-0.5 if scale is None else float(scale))
+        rows = reshaped(transposed(query, (0, 2, 1, 3)), (-1, *shape, size))
+        scores = ops.matmul(rows, transposed(key, (0, 2, 3, 1))) * (size**-0.5 if scale is None else float(scale))
         weights = ops.softmax(masked(scores if bias is None else scores + bias, mask), axis=-1)
-        result = ops.matmul(weights, ops.transpose(value, (0, 2, 1, 3)))
-        return ops.transpose(_reshaped(result, (-1, heads, length, value.shape[-1])), (0, 2, 1, 3))
+        result = ops.matmul(weights, transposed(value, (0, 2, 1, 3)))
+        return transposed(reshaped(result, (-1, heads, length, value.shape[-1])), (0, 2, 1, 3))
 
     return attend
-
-
-def _reshaped(x, shape):
-    return x if tuple(x.shape[1:]) == tuple(shape[1:]) else ops.reshape(x, shape)
 
 
 def _by_group(added, heads, length, shape):
@@ -60,10 +57,22 @@ def _split(bias, *masks):
     """The bias without what only masks, and one mask of everything that does; each None if nothing is left of it."""
     if isinstance(bias, keras.KerasTensor) or bias is None:
         return bias, _all_of(*masks)
-    keep, bias = additive_mask(bias), np.asarray(bias, "float32")
-    if keep is not None:
-        bias = np.where(keep, bias, 0.0)
+    keep, bias = _additive_mask(np.asarray(bias, "float32"))
     return (bias if np.any(bias) else None), _all_of(keep, *masks)
+
+
+def _additive_mask(values: np.ndarray):
+    """Constants added to scores: which of them leave the scores in sight (None: all), and what they add there."""
+    keep = values > _BELOW_ALL_SCORES
+    if np.all(keep) or not np.any(keep):
+        return None, values
+    return keep, np.where(keep, values, 0.0)
+
+
+def added_mask(values: np.ndarray):
+    """`x + values`, where some of the values are there to push scores out of the softmax's sight; None if none is."""
+    keep, rest = _additive_mask(values)
+    return None if keep is None else lambda scores: masked(scores + rest if np.any(rest) else scores, keep)
 
 
 def _all_of(*masks):
@@ -73,14 +82,8 @@ def _all_of(*masks):
 
 def _constant(mask) -> np.ndarray:
     if isinstance(mask, keras.KerasTensor):
-        raise ValueError("The mask is computed by the model. Expected: a constant mask.")
+        raise TypeError("The mask is computed by the model. Expected: a constant mask.")
     return np.asarray(mask, bool)
-
-
-def additive_mask(values) -> np.ndarray | None:
-    """Which scores a constant that is added to them leaves in sight; None if it masks nothing."""
-    keep = np.asarray(values, "float32") > _BELOW_ALL_SCORES
-    return None if np.all(keep) else keep
 
 
 def masked(scores, keep):
@@ -126,8 +129,8 @@ def _softmax_layer(layer, args, kwargs):
             return ops.softmax(inputs, axis=axes[0])
         if mask is not None:
             mask = np.broadcast_to(_constant(mask), (1, *inputs.shape[1:])).reshape(1, *inputs.shape[1:first], -1)
-        scores = _reshaped(inputs, (-1, *inputs.shape[1:first], int(np.prod(inputs.shape[first:]))))
-        return _reshaped(ops.softmax(masked(scores, mask), axis=-1), (-1, *inputs.shape[1:]))
+        scores = reshaped(inputs, (-1, *inputs.shape[1:first], int(np.prod(inputs.shape[first:]))))
+        return reshaped(ops.softmax(masked(scores, mask), axis=-1), (-1, *inputs.shape[1:]))
 
     return softmax
 
@@ -174,7 +177,7 @@ def _attention(layer, args, kwargs):
     def attend(inputs, mask=None, training=None, return_attention_scores=False, use_causal_mask=False):
         query, value, key = inputs[0], inputs[1], inputs[-1]
         if any(one is not None for one in mask or ()):
-            raise ValueError("The mask is computed by the model. Expected: a constant mask.")
+            raise TypeError("The mask is computed by the model. Expected: a constant mask.")
         scores = scores_of(query, key)
         weights = ops.softmax(masked(scores, _causal_mask(*scores.shape[-2:]) if use_causal_mask else None), axis=-1)
         result = ops.matmul(weights if dropout is None else dropout(weights), value)
@@ -185,7 +188,7 @@ def _attention(layer, args, kwargs):
 
 def _product_scores(layer):
     scaled = _scaled(layer)
-    return lambda query, key: ops.matmul(scaled(query), ops.transpose(key, (0, 2, 1)))
+    return lambda query, key: ops.matmul(scaled(query), transposed(key, (0, 2, 1)))
 
 
 def _additive_scores(layer, features):

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_qat.graph.lower.activations import symbolic
+from keras_qat.graph.lower.moves import reshaped, transposed
 from keras_qat.graph.lower.weights import dense_of, is_learned
 from keras_qat.primitives import Constant
 
@@ -73,17 +74,15 @@ def _contraction(first: str, second: str, result: str):
     def contract(x, y):
         x, x_labels = _summed(x, first, second + result)
         y, y_labels = _summed(y, second, first + result)
-        sizes = dict(zip(x_labels, x.shape, strict=True)) | {
-            c: size for c, size in zip(y_labels, y.shape, strict=True) if c != result[0]
-        }
-        count = lambda labels: math.prod(sizes[c] for c in labels)  # noqa: E731
-        middle = [count(leading[1:])] if len(leading) > 1 else []
-        x = _reshaped(_permuted(x, x_labels, [*leading, *rows, *inner]), (-1, *middle, count(rows), count(inner)))
-        in_second = [c for c in leading if c in y_labels]
-        y = _permuted(y, y_labels, [*in_second, *inner, *columns])
-        y = _reshaped(y, (-1 if result[0] in y_labels else 1, *middle, count(inner), count(columns)))
+        sizes = {**dict(zip(y_labels, y.shape, strict=True)), **dict(zip(x_labels, x.shape, strict=True))}
+        middle = [_count(sizes, leading[1:])] if len(leading) > 1 else []
+        x = _permuted(x, x_labels, [*leading, *rows, *inner])
+        x = reshaped(x, (-1, *middle, _count(sizes, rows), _count(sizes, inner)))
+        has_batch = result[0] in y_labels
+        y = _permuted(y, y_labels, [*leading[0 if has_batch else 1 :], *inner, *columns])
+        y = reshaped(y, (-1 if has_batch else 1, *middle, _count(sizes, inner), _count(sizes, columns)))
         made = [*leading, *rows, *columns]
-        product = _reshaped(ops.matmul(x, y), (-1, *[sizes[c] for c in made[1:]]))
+        product = reshaped(ops.matmul(x, y), (-1, *[sizes[c] for c in made[1:]]))
         return _permuted(product, made, result)
 
     return contract
@@ -110,7 +109,7 @@ def _contraction_with_weights(
     rows = [c for c in result if c not in kernel_labels]
     columns = [c for c in result if c in kernel_labels]
     sizes = dict(zip(kernel_labels, kernel.shape, strict=True))
-    count = math.prod(sizes[c] for c in inner)
+    count = _count(sizes, inner)
     matrix = np.transpose(kernel, [kernel_labels.index(c) for c in [*inner, *columns]]).reshape(count, -1)
     dense = dense_of(matrix, bias, trainable=learned, name=name, **options)
 
@@ -118,11 +117,15 @@ def _contraction_with_weights(
         x, left = _summed(x, labels, kernel_labels + result)
         here = dict(zip(left, x.shape, strict=True)) | sizes
         kept = [here[c] for c in rows[1:]]
-        y = dense(_reshaped(_permuted(x, left, [*rows, *inner]), (-1, *kept, count)))
+        y = dense(reshaped(_permuted(x, left, [*rows, *inner]), (-1, *kept, count)))
         made = [*rows, *columns]
-        return _permuted(_reshaped(y, (-1, *[here[c] for c in made[1:]])), made, result)
+        return _permuted(reshaped(y, (-1, *[here[c] for c in made[1:]])), made, result)
 
     return contract
+
+
+def _count(sizes: dict, labels) -> int:
+    return math.prod(sizes[c] for c in labels)
 
 
 def _summed(x, labels: str, needed: str):
@@ -132,12 +135,7 @@ def _summed(x, labels: str, needed: str):
 
 
 def _permuted(x, labels, wanted):
-    order = [list(labels).index(c) for c in wanted]
-    return x if order == sorted(order) else ops.transpose(x, order)
-
-
-def _reshaped(x, shape):
-    return x if len(x.shape) == len(shape) and tuple(x.shape[1:]) == tuple(shape[1:]) else ops.reshape(x, shape)
+    return transposed(x, [list(labels).index(c) for c in wanted])
 
 
 def _einsum_dense(layer, args, kwargs):

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_qat.compounds import InverseRoot
+from keras_qat.graph.lower.moves import reshaped, transposed
 from keras_qat.graph.lower.weights import dense_of, is_learned
 from keras_qat.graph.walk import clone
 from keras_qat.layers import ChannelScale
@@ -76,26 +77,30 @@ def _normalized(x, axes, epsilon, affine, centred=False):
 
 
 def _sum_of_squares(rows):
-    return ops.matmul(rows, ops.transpose(rows, (0, 1, 3, 2)))
+    """Over the last axis, which stays as one of size 1."""
+    flat = reshaped(rows, (-1, math.prod(rows.shape[1:-1]), 1, rows.shape[-1]))
+    return reshaped(ops.matmul(flat, transposed(flat, (0, 1, 3, 2))), (-1, *rows.shape[1:-1], 1))
 
 
 def _rows(x, axes):
-    """`x` as (batch, rows, 1, the values over `axes`), and the function that brings such a tensor back to its form."""
+    """`x` with the values over `axes` on the last of 4 axes, and the function that brings such a tensor back to its form.
+
+    A depthwise convolution, which the factors per channel become, reads 4 axes.
+    """
     rank = len(x.shape)
     axes = sorted(axis % rank for axis in ([axes] if isinstance(axes, int) else axes))
+    if 0 in axes:
+        raise ValueError(f"It normalizes over the batch. Expected: axes behind it. Received: axis={axes}")
     others = [axis for axis in range(1, rank) if axis not in axes]
     order = [0, *others, *axes]
     sizes = [x.shape[axis] for axis in order[1:]]
-    in_order = order == list(range(rank))
-    x = x if in_order else ops.transpose(x, order)
-    back = [int(axis) for axis in np.argsort(order)]
+    rest, size = sizes[: len(others)], math.prod(sizes[len(others) :])
 
     def restored(rows):
-        y = ops.reshape(rows, (-1, *sizes))
-        return y if in_order else ops.transpose(y, back)
+        return transposed(reshaped(rows, (-1, *sizes)), np.argsort(order))
 
-    split = len(others)
-    return ops.reshape(x, (-1, math.prod(sizes[:split]), 1, math.prod(sizes[split:]))), restored
+    x = transposed(x, order)
+    return reshaped(x, (-1, *(rest if len(rest) == 2 else (math.prod(rest), 1)), size)), restored
 
 
 def _affine(gamma, beta, trainable, name):
@@ -117,12 +122,12 @@ def _group_norm(layer, args, kwargs):
     channels, affine = args[0].shape[-1], _affine(layer.gamma, layer.beta, layer.trainable, layer.name)
     mean, variance = (_group_mean(channels, layer.groups, name) for name in ("mean", "variance"))
 
-    def normalize(x):
-        image = x if rank in (3, 4) else ops.reshape(x, (-1, math.prod(x.shape[1:-1]), channels))
-        centred = image - mean(image)
-        inverse = InverseRoot(layer.epsilon, name="inverse_root")(variance(ops.square(centred)))
-        y = affine(centred * inverse)
-        return y if rank in (3, 4) else ops.reshape(y, (-1, *x.shape[1:]))
+    def normalize(inputs):
+        rest = inputs.shape[1:-1]
+        x = reshaped(inputs, (-1, math.prod(rest[:-1]), math.prod(rest[-1:]), channels))
+        x = x - mean(x)
+        y = affine(x * InverseRoot(layer.epsilon, name="inverse_root")(variance(ops.square(x))))
+        return reshaped(y, (-1, *inputs.shape[1:]))
 
     return normalize
 
@@ -134,7 +139,7 @@ def _group_mean(channels: int, groups: int, name: str):
     dense = None if size == 1 else dense_of(averages[:, :1] if groups == 1 else averages, name=name)
 
     def mean(image):
-        pooled = ops.mean(image, axis=tuple(range(1, len(image.shape) - 1)), keepdims=True)
+        pooled = ops.mean(image, axis=(1, 2), keepdims=True)
         return pooled if dense is None else dense(pooled)
 
     return mean

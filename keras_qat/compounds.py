@@ -1,0 +1,126 @@
+"""Layers for what is inside of normalizations and attention, where a plain operation would lose the precision."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_qat.layers import GridLayer, _calibrating
+
+# What the weights of masked places may add up to, next to the largest one of their row.
+_LEAK = 2.0**-8
+_FAR_BELOW = -1e9
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class InverseRoot(GridLayer):
+    """`1 / sqrt(max(x / count, floor) + epsilon)` of a sum of squares: what normalizations multiply with.
+
+    A grid cannot tell values below its step from zero. They count as one step, because the true result for a row of
+    zeros, `1 / sqrt(epsilon)`, would stretch the range of all results until the others vanish in it.
+    """
+
+    def __init__(self, epsilon: float = 0.0, floor: float = 0.0, count: int = 1, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon, self.floor, self.count = float(epsilon), float(floor), count
+
+    def call(self, x, input_scale=None, output_scale=None):
+        smallest = 0.0 if input_scale is None else input_scale
+        mean = ops.maximum(x, smallest) / self.count
+        return ops.rsqrt(ops.maximum(mean, self.floor) + self.epsilon)
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon, "floor": self.floor, "count": self.count}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Mask(keras.layers.Layer):
+    """Moves the scores that attention must not see to the lowest integer of their grid; `Scores` in front sees to it
+    that a softmax gives them nothing there.
+
+    Args:
+        keep: Where scores stay, as an array of truth values that broadcasts to them; or what `get_config` has for it.
+    """
+
+    def __init__(self, keep, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.keep = _unpacked(keep)
+
+    def call(self, x):
+        return ops.where(self.keep, x, _FAR_BELOW)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "keep": _packed(self.keep)}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Scores(keras.layers.Layer):
+    """What a softmax reads, on a grid that leaves out what is too low to count: it does nothing but tell the range.
+
+    The lowest integer is as far below the best score of every row as makes all places that have it count for 1/256 of
+    that one. Whatever is lower ends up there, for nothing. The others get finer steps for it.
+
+    Args:
+        factor: What the softmax multiplies the scores with.
+        keep: Of the `Mask` behind, if there is one.
+    """
+
+    def __init__(self, factor: float = 1.0, keep=None, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.factor, self.keep = float(factor), None if keep is None else _unpacked(keep)
+
+    def call(self, x, training=None):
+        if not (training or _calibrating.get()):
+            return x
+        seen = x if self.keep is None else ops.where(self.keep, x, _FAR_BELOW)
+        lowest_best = ops.stop_gradient(ops.min(ops.max(seen, axis=-1)))
+        return ops.maximum(seen, lowest_best - np.log(x.shape[-1] / _LEAK) / self.factor)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        keep = None if self.keep is None else _packed(self.keep)
+        return {**super().get_config(), "factor": self.factor, "keep": keep}
+
+
+def _packed(flags: np.ndarray) -> tuple[list[int], str]:
+    return list(flags.shape), np.packbits(flags).tobytes().hex()
+
+
+def _unpacked(flags) -> np.ndarray:
+    if isinstance(flags, np.ndarray):
+        return flags.astype(bool)
+    shape, bits = flags
+    size = int(np.prod(shape))
+    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=size).astype(bool).reshape(shape)
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Probabilities(keras.layers.Layer):
+    """`softmax(factor · x)` along the last axis, on a grid that ends at the largest probability.
+
+    An int8 SOFTMAX writes steps of 1/256. Of 64 places that count alike each would get 4 of them: 22 dB. So SOFTMAX writes
+    16 bits here, in steps of 1/65536, and a QUANTIZE brings them to the grid.
+    """
+
+    STEP = 2.0**-16
+
+    def __init__(self, factor: float = 1.0, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.factor = float(factor)
+
+    def call(self, x, training=None):
+        exact = ops.softmax(x * self.factor, axis=-1)
+        if training or _calibrating.get():
+            return exact
+        steps = ops.minimum(ops.floor(exact / self.STEP + 0.5), 65535.0)
+        return exact + ops.stop_gradient(steps * self.STEP - exact)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "factor": self.factor}

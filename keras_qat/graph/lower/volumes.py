@@ -1,0 +1,128 @@
+"""Layers on volumes, (batch, depth, height, width, channels): TFLite works on images, so depth is taken slice by slice."""
+
+import math
+
+import keras
+from keras import ops
+
+
+def _slices(x) -> list:
+    return [x[:, depth] for depth in range(x.shape[1])]
+
+
+def _windows(size: int, window: int, stride: int, padding: str) -> list[range]:
+    """Which slices each result is made of; "same" leaves out what lies outside."""
+    if padding == "valid":
+        return [range(first, first + window) for first in range(0, size - window + 1, stride)]
+    count = math.ceil(size / stride)
+    before = max((count - 1) * stride + window - size, 0) // 2
+    starts = [n * stride - before for n in range(count)]
+    return [range(max(first, 0), min(first + window, size)) for first in starts]
+
+
+def _conv_3d(layer, args, kwargs):
+    """For each slice of the result a Conv2D over the channels of all slices it reads; one layer, called for each."""
+    depth, height, width, channels, filters = layer.kernel.shape
+    dilated = layer.dilation_rate[0] != 1
+    if layer.data_format != "channels_last" or layer.groups != 1 or dilated:
+        return None
+    conv = keras.layers.Conv2D(
+        filters,
+        (height, width),
+        strides=layer.strides[1:],
+        padding=layer.padding,
+        dilation_rate=layer.dilation_rate[1:],
+        activation=layer.activation,
+        use_bias=layer.use_bias,
+        kernel_regularizer=layer.kernel_regularizer,
+        bias_regularizer=layer.bias_regularizer,
+        trainable=layer.trainable,
+        name=layer.name,
+    )
+    conv.build((None, None, None, depth * channels))
+    kernel = ops.transpose(layer.kernel, (1, 2, 0, 3, 4))
+    conv.kernel.assign(ops.reshape(kernel, (height, width, depth * channels, filters)))
+    if layer.use_bias:
+        conv.bias.assign(layer.bias)
+    size, stride = args[0].shape[1], layer.strides[0]
+    pad = [[0, 0]] * 5
+    if layer.padding == "same":
+        total = max((math.ceil(size / stride) - 1) * stride + depth - size, 0)
+        pad = [[0, 0], [total // 2, total - total // 2], [0, 0], [0, 0], [0, 0]]
+
+    def convolve(x):
+        slices = _slices(ops.pad(x, pad) if any(map(any, pad)) else x)
+        windows = _windows(len(slices), depth, stride, "valid")
+        return ops.stack([conv(ops.concatenate([slices[n] for n in window], -1)) for window in windows], axis=1)
+
+    return convolve
+
+
+def _max_pool_3d(layer, args, kwargs):
+    def join(slices):
+        result = slices[0]
+        for one in slices[1:]:
+            result = ops.maximum(result, one)
+        return result
+
+    return _pool_3d(layer, args[0], keras.layers.MaxPooling2D, join)
+
+
+def _average_pool_3d(layer, args, kwargs):
+    exact = layer.padding == "valid" or all(
+        size % window == 0 and window == stride
+        for size, window, stride in zip(args[0].shape[1:4], layer.pool_size, layer.strides, strict=True)
+    )
+    if not exact:
+        return None
+    return _pool_3d(
+        layer, args[0], keras.layers.AveragePooling2D, lambda slices: sum(slices[1:], slices[0]) * (1.0 / len(slices))
+    )
+
+
+def _pool_3d(layer, x, pool_2d, join):
+    if layer.data_format != "channels_last":
+        return None
+    window, stride = layer.pool_size[0], layer.strides[0]
+    windows = _windows(x.shape[1], window, stride, layer.padding)
+
+    def pool(x):
+        pooled = [
+            pool_2d(layer.pool_size[1:], layer.strides[1:], layer.padding, name=f"{layer.name}_{n}")(one)
+            for n, one in enumerate(_slices(x))
+        ]
+        return ops.stack([join([pooled[n] for n in window]) for window in windows], axis=1)
+
+    return pool
+
+
+def _global_average_3d(layer, args, kwargs):
+    return lambda x: ops.mean(x, axis=(1, 2, 3), keepdims=layer.keepdims)
+
+
+def _global_max_3d(layer, args, kwargs):
+    return lambda x: ops.max(x, axis=(1, 2, 3), keepdims=layer.keepdims)
+
+
+def _zero_padding_3d(layer, args, kwargs):
+    return lambda x: ops.pad(x, [[0, 0], *[list(pair) for pair in layer.padding], [0, 0]])
+
+
+def _up_sampling_3d(layer, args, kwargs):
+    def up_sample(x):
+        for axis, size in enumerate(layer.size, start=1):
+            x = ops.repeat(x, size, axis=axis) if size > 1 else x
+        return x
+
+    return up_sample
+
+
+RULES = {
+    "AveragePooling3D": _average_pool_3d,
+    "Conv3D": _conv_3d,
+    "GlobalAveragePooling3D": _global_average_3d,
+    "GlobalMaxPooling3D": _global_max_3d,
+    "MaxPooling3D": _max_pool_3d,
+    "UpSampling3D": _up_sampling_3d,
+    "ZeroPadding3D": _zero_padding_3d,
+}

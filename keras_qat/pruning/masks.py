@@ -1,0 +1,123 @@
+"""The masks of a model while it is pruned: chosen when the schedule says so, enforced after every step."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from keras_qat.pruning import criteria
+from keras_qat.pruning.patterns import Channels, NofM, local_mask, mask_in_weights
+from keras_qat.pruning.selection import largest_of_all
+from keras_qat.pruning.targets import Policy, Target
+from keras_qat.schedules import Schedule
+
+
+class Masks:
+    """The masks of all targets with the same policy.
+
+    Args:
+        policy: The policy.
+        schedule: The policy's schedule, in steps.
+        targets: What is masked.
+        scope: "layer", or "global" for one ranking over all targets.
+        floor: The share of each target that a global ranking leaves.
+    """
+
+    def __init__(self, policy: Policy, schedule: Schedule, targets: list[Target], scope: str, floor: float):
+        self.pattern, self.criterion = policy.pattern, criteria.resolve(policy.criterion)
+        self.schedule, self.targets = schedule, targets
+        self.global_scope, self.floor = scope == "global" and not isinstance(self.pattern, NofM), floor
+        self._masks = [_variable(target.variable.shape, "bool", "ones") for target in targets]
+        self._of_companions = [[_variable(v.shape, "bool", "ones") for v in target.companions] for target in targets]
+        self._pending = _variable((), "bool", "zeros")
+        self._scores = []
+        if self.criterion.of_step is not None:
+            self._scores = [_variable(target.variable.shape, "float32", "zeros") for target in targets]
+
+    def begin(self, step: int, was_pruned: bool) -> None:
+        """Where a fit starts: with the zeros that are there if the weights were pruned before, else with all weights."""
+        if was_pruned and step >= self.schedule.begin:
+            self._assign([mask_in_weights(self.pattern, t.variable.value, t.layout) for t in self.targets])
+        if step == 0 and self.schedule.due(0):
+            if self._scores:
+                self._pending.assign(True)  # there are no gradients yet: right after the first step
+            else:
+                self.choose(self.schedule(0))
+
+    def observe(self, gradients: dict) -> None:
+        """Adds up the scores of a step. Gradients are known by the ids of their `tf.Variable`s."""
+        for target, score in zip(self.targets, self._scores, strict=bool(self._scores)):
+            gradient = gradients.get(id(target.variable.value))
+            if gradient is not None:
+                gradient, weight = (ops.cast(tf.convert_to_tensor(x), "float32") for x in (gradient, target.variable))
+                score.assign_add(self.criterion.of_step(gradient, weight))
+
+    def advance(self, step) -> None:
+        """Chooses anew if it is time to."""
+        due = ops.logical_or(self.schedule.due(step), self._pending.value)
+        ops.cond(due, lambda: self.choose(self.schedule(step)), lambda: None)
+
+    def choose(self, sparsity) -> None:
+        """Keeps the best of the weights as they are now, those removed before included: they may come back."""
+        scores = [ops.convert_to_tensor(score) for score in self._scores] or [
+            self.criterion.of_weight(ops.cast(target.variable, "float32")) for target in self.targets
+        ]
+        if self.global_scope:
+            self._assign(self._globally(scores, sparsity))
+        else:
+            self._assign(
+                [local_mask(self.pattern, s, sparsity, t.layout) for s, t in zip(scores, self.targets, strict=True)]
+            )
+        for score in self._scores:
+            score.assign(ops.zeros_like(score))
+        self._pending.assign(False)
+
+    def _globally(self, scores, sparsity) -> list:
+        rows = [self.pattern.unit_scores(s, t.layout) for s, t in zip(scores, self.targets, strict=True)]
+        sizes = [self.pattern.unit_sizes(tuple(t.variable.shape), t.layout) for t in self.targets]
+        kept = largest_of_all(rows, sizes, sparsity, self.floor)
+        return [
+            self.pattern.spread(units, tuple(t.variable.shape), t.layout)
+            for units, t in zip(kept, self.targets, strict=True)
+        ]
+
+    def _assign(self, masks) -> None:
+        for target, own, of_companions, mask in zip(self.targets, self._masks, self._of_companions, masks, strict=True):
+            own.assign(mask)
+            if of_companions:
+                kept = Channels().unit_scores(ops.cast(mask, "float32"), target.layout) > 0
+                for companion in of_companions:
+                    companion.assign(ops.reshape(kept, companion.shape))
+
+    def enforce(self, strategy) -> None:
+        """Sets what is masked to zero; outside of the replicas."""
+        for target, own, of_companions in zip(self.targets, self._masks, self._of_companions, strict=True):
+            for variable, mask in [(target.variable, own), *zip(target.companions, of_companions, strict=True)]:
+                strategy.extended.update(variable.value, _zero_where_masked, args=(mask.value,), group=False)
+
+    def counts(self) -> tuple[int, int]:
+        """How many weights are removed, of how many."""
+        masks = [ops.convert_to_numpy(mask) for mask in self._masks]
+        return sum(int(mask.size - mask.sum()) for mask in masks), sum(mask.size for mask in masks)
+
+
+def _zero_where_masked(variable, mask) -> None:
+    # Not a product: that would leave zeros of both signs behind, which compress badly.
+    variable.assign(tf.where(mask, variable, tf.zeros_like(variable)))
+
+
+def _variable(shape, dtype, initializer) -> keras.Variable:
+    return keras.Variable(
+        initializer, shape=tuple(shape), dtype=dtype, trainable=False, aggregation="only_first_replica"
+    )
+
+
+def zero_share(model: keras.Model) -> float:
+    """The share of exact zeros in the kernels that have some but are not all zero, else 0."""
+    zeros = total = 0
+    for variable in model.trainable_variables:
+        values = ops.convert_to_numpy(variable) if len(variable.shape) >= 2 else np.ones(1)
+        here = int(np.count_nonzero(values == 0))
+        if 0 < here < values.size:
+            zeros, total = zeros + here, total + values.size
+    return zeros / total if total else 0.0
