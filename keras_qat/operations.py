@@ -194,7 +194,8 @@ def _relu_with_options(node):
 
 def _keeps_batch(node):
     shape_in, shape_out = node.input_tensors[0].shape, node.outputs[0].shape
-    if None in shape_out[1:] or math.prod(shape_in[1:]) != math.prod(shape_out[1:]):
+    sizes = (*shape_in[1:], *shape_out[1:])
+    if None in sizes or math.prod(shape_in[1:]) != math.prod(shape_out[1:]):
         return f"It mixes the batch into another axis ({shape_in} → {shape_out}).", "Keep the batch axis as it is."
     return None
 

@@ -181,7 +181,7 @@ def _with_output_names(qat, names):
     for name, tensor in zip(names, qat.outputs, strict=True):
         taken.append(unique_name(name, taken))
         has_name = tensor._keras_history.operation.name == taken[-1]
-        flat.append(tensor if has_name else keras.layers.Identity(name=taken[-1])(tensor))
+        flat.append(tensor if has_name else keras.layers.Identity(name=taken[-1], dtype="float32")(tensor))
     outputs = tree.pack_sequence_as(qat._outputs_struct, flat)
     return keras.Model(qat._inputs_struct, outputs, name=qat.name)
 

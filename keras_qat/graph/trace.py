@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import re
 import traceback
 
@@ -42,7 +43,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[k
     inputs = _inputs_of(model) if inputs is None else inputs
     tracer = _Tracer(is_primitive, lowering_of)
     tracer.problems += _dynamic_axes(inputs)
-    with _left_untouched(model):
+    with _left_untouched(model), _batch_left_open_in_reshapes():
         outputs = tracer.open(model, (inputs,), {}, path="")
     return keras.Model(inputs, outputs, name=model.name), tracer.problems
 
@@ -242,6 +243,32 @@ def _left_untouched(model):
             del layer._inbound_nodes[inbound:]
             del layer._outbound_nodes[outbound:]
             layer._losses[:] = losses
+
+
+_Reshape = type(ops.reshape(keras.KerasTensor((None, 2)), (-1, 2))._keras_history.operation)
+
+
+@contextlib.contextmanager
+def _batch_left_open_in_reshapes():
+    """`ops.reshape(x, (ops.shape(x)[0], -1))`: the batch is None on symbolic tensors, and shall stay open beside a -1."""
+    plain = _Reshape.compute_output_spec
+
+    def compute_output_spec(self, x):
+        self.newshape = _with_open_batch(tuple(self.newshape), x.shape)
+        return plain(self, x)
+
+    _Reshape.compute_output_spec = compute_output_spec
+    try:
+        yield
+    finally:
+        _Reshape.compute_output_spec = plain
+
+
+def _with_open_batch(shape: tuple, old: tuple) -> tuple:
+    if not shape or shape[0] is not None or None in (*shape[1:], *old[1:]):
+        return shape
+    sizes = [size for size in shape[1:] if size != -1]
+    return (-1, *[math.prod(old[1:]) // math.prod(sizes) if size == -1 else size for size in shape[1:]])
 
 
 def original(operation):

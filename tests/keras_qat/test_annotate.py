@@ -162,7 +162,7 @@ def test_requantized_copy_serves_only_those_that_need_it():
         return [join([gate, y]), layers.Conv2D(2, 1, name="other")(gate)]
 
     qat = qat_of(build, (IMAGE, IMAGE))
-    assert rounded(qat) == ["gate", "gate.range", "in0", "in1", "other"]
+    assert rounded(qat) == ["gate", "gate.requantized", "in0", "in1", "other"]
     other = next(node for node in nodes_of(qat) if node.operation.name == "other")
     grid = other.input_tensors[0]._keras_history.operation
     assert isinstance(grid.quantizer, Fixed)
@@ -209,5 +209,5 @@ def test_probabilities_at_the_output_are_left_alone_in_training():
     """The loss needs their logarithm."""
     x = np.random.default_rng(0).normal(size=(16, *IMAGE)).astype("float32")
     qat = qat_of(lambda x: layers.Softmax(name="softmax")(conv()(x)), then=layers.Identity)
-    on_grid = lambda y: np.mean(np.asarray(y) * 256 % 1 == 0)  # noqa: E731
+    on_grid = lambda y: np.mean(np.asarray(y) * 256 % 1 == 0)
     assert on_grid(qat(x, training=True)) < 0.5 and on_grid(qat(x, training=False)) == 1

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_qat import numerics
 from keras_qat.spec import Spec
+from tflite_export import Tensor
 
 ACTIVATIONS, WEIGHTS = Spec(), Spec(symmetric=True, per_channel=True)
 BITS = (2, 4, 8)
@@ -142,6 +143,19 @@ def test_fake_quant_value_and_gradient_follow_the_formula(bits, nonnegative):
         np.testing.assert_array_equal((np.round(y / scale) + zero_point)[is_clear], integers[is_clear])
         gradient = tape.gradient(y, variable, upstream)
         np.testing.assert_array_equal(gradient, upstream * ((low <= x) & (x <= high)))
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_precise_fake_quant_puts_values_next_to_ties_where_the_file_puts_them(precise):
+    different = 0
+    for low, high in RANGES[:60]:
+        scale, zero_point = numerics.scale_and_zero_point(low, high, ACTIVATIONS)
+        ties = (np.arange(-127.5, 127.5) - zero_point) * np.float64(scale)
+        x = np.concatenate([np.nextafter(np.float32(ties), np.float32(side)) for side in (-np.inf, 0, np.inf)])
+        y = numerics.fake_quant(x, tf.constant(low), tf.constant(high), ACTIVATIONS, precise=precise)
+        file = Tensor("x", (1,), "int8", (float(scale),), zero_point).quantize(x)
+        different += np.sum(np.round(y / scale) + zero_point != file)
+    assert (different == 0) == precise
 
 
 def test_fake_quant_gives_no_gradient_to_its_range():
@@ -300,17 +314,18 @@ WANTED = np.concatenate(
 FEW = np.concatenate([np.arange(6, 33), np.random.default_rng(4).uniform(6, 32, 60)])
 
 
+@pytest.mark.parametrize("wanted", [WANTED, FEW], ids=["many", "few"])
 @pytest.mark.parametrize(
-    "upwards, fewest, wanted",
-    [(False, 32.0, WANTED), (True, 6.0, WANTED), (True, 6.0, FEW), (False, 6.0, FEW)],
-    ids=["nearest", "upwards", "few_upwards", "few_nearest"],
+    "move, fewest",
+    [("nearest", 32.0), ("nearest", 6.0), ("up", 6.0), ("down", 6.0)],
+    ids=["nearest", "nearest_from_6", "up", "down"],
 )
 @pytest.mark.parametrize("output_scale", [0.02, 1 / 3, 17.3])
-def test_kernels_round_snapped_steps_alike(output_scale, upwards, fewest, wanted):
+def test_kernels_round_snapped_steps_alike(output_scale, move, fewest, wanted):
     output_scale, input_scale = np.float32(output_scale), np.float32(0.0123)
     steps = (output_scale / wanted).astype("float32")
     steps = steps[steps * np.float32(fewest) <= output_scale]
-    snapped, moved = map(np.asarray, numerics.snap_to_kernels(steps, output_scale, fewest=fewest, upwards=upwards))
+    snapped, moved = map(np.asarray, numerics.snap_to_kernels(steps, output_scale, fewest, move))
     assert np.all(moved == 1)
     found = disagreements(snapped, input_scale, output_scale)
     # Next to a power of two float32 leaves the largest of values too little room: less than one in ten thousand.
@@ -321,35 +336,61 @@ def test_kernels_round_snapped_steps_alike(output_scale, upwards, fewest, wanted
     assert np.mean(np.array(disagreements(steps, input_scale, output_scale)) > 0) > 0.5
 
 
-@pytest.mark.parametrize("upwards", [True, False])
-def test_steps_are_moved_only_a_little(upwards):
+@pytest.mark.parametrize("move, fewest", [("up", 6.0), ("down", 6.0), ("nearest", 32.0)])
+def test_steps_are_moved_only_a_little(move, fewest):
     output_scale = np.float32(0.05)
-    fewest = 6.0 if upwards else 32.0
     wanted = np.exp(np.random.default_rng(0).uniform(np.log(fewest), np.log(8192), 3000))
     steps = (output_scale / wanted).astype("float32")
-    ratio = np.asarray(numerics.snap_to_kernels(steps, output_scale, fewest, upwards)[0]) / steps
-    if upwards:
+    ratio = np.asarray(numerics.snap_to_kernels(steps, output_scale, fewest, move)[0]) / steps
+    # 5 % for the power of two, 2 for evenness; a hair of at most 1e-4 goes the other way.
+    if move == "up":
         assert ratio.min() >= 1  # weights must not leave -127..127
-        assert np.all(ratio < 1.002 * wanted / (0.95 * wanted - 3.95))  # 5 % for the power of two, 2 for evenness
+        assert np.all(ratio < 1.002 * wanted / (0.95 * wanted - 3.95))
+    elif move == "down":
+        assert ratio.max() <= 1 + 1e-4  # ranges must not shrink
+        assert np.all(ratio > 0.998 * wanted / (wanted / 0.95 + 4.11))
     else:
         assert np.all(np.abs(np.log(ratio)) < 0.027 + 3 / wanted)
     assert np.median(np.abs(np.log(ratio))) < 0.02
 
 
 @pytest.mark.parametrize("wanted", [0.5, 1, 3, 5.9, 8300, 1e6])
-def test_steps_out_of_reach_stay(wanted):
+@pytest.mark.parametrize("move", ["up", "down", "nearest"])
+def test_steps_out_of_reach_stay(wanted, move):
+    """But a step that is too large can always be made smaller."""
     output_scale = np.float32(0.05)
     step = np.array([output_scale / wanted], "float32")
-    for upwards in (True, False):
-        snapped, moved = numerics.snap_to_kernels(step, output_scale, 6.0, upwards)
+    snapped, moved = numerics.snap_to_kernels(step, output_scale, 6.0, move)
+    if move == "down" and wanted < 6:
+        np.testing.assert_allclose(output_scale / snapped, 6, rtol=1e-4)
+        assert moved.numpy() == 1
+    else:
         assert snapped.numpy() == step and moved.numpy() == 0
 
 
-def test_snapping_is_the_same_in_xla():
+@pytest.mark.parametrize("move", ["up", "down", "nearest"])
+def test_snapping_is_the_same_in_xla(move):
     steps = np.exp(np.random.default_rng(0).uniform(-10, 0, 2000)).astype("float32")
-    for upwards in (True, False):
-        snap = lambda x: numerics.snap_to_kernels(x, tf.constant(0.7), 6.0, upwards)[0]  # noqa: B023, E731
-        np.testing.assert_allclose(snap(steps), tf.function(snap, jit_compile=True)(steps), rtol=3e-7)
+    snap = lambda x: numerics.snap_to_kernels(x, tf.constant(0.7), 6.0, move)[0]
+    np.testing.assert_allclose(snap(steps), tf.function(snap, jit_compile=True)(steps), rtol=3e-7)
+
+
+@pytest.mark.parametrize(
+    "count, has", [(4, False), (15, False), (16, True), (49, True), (64, True), (100, True), (127, False), (1024, True)]
+)
+def test_means_have_divisors_where_their_count_is_not_just_below_a_power_of_two(count, has):
+    assert numerics.has_divisors(count) == has
+
+
+@pytest.mark.parametrize("count", [16, 49, 64, 100, 1024])
+def test_divisors_of_means_make_steps_smaller_and_stand_far_from_powers_of_two(count):
+    """They are even, and in each octave above the share of the count: a range that is moved must hold what it held."""
+    wanted = np.exp(np.random.default_rng(1).uniform(np.log(2), np.log(8000), 2000)).astype("float32")
+    divisor = np.asarray(numerics.kernel_divisor(wanted, numerics.FEWEST_STEPS, "down", count))
+    assert np.all(divisor % 2 == 0) and np.all(divisor >= wanted)
+    octave = 2 ** np.ceil(np.log2(divisor))
+    assert np.all(divisor <= 0.95 * octave) and np.all(divisor > 0.5 * octave)
+    assert np.all(divisor >= count / 2 ** count.bit_length() * octave)
 
 
 # --- accumulators and batch norms ------------------------------------------------------------------------------------

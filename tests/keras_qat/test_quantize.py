@@ -15,6 +15,7 @@ from keras import layers, ops
 from models import STYLES
 
 import keras_qat as kq
+import tflite_export
 from keras_qat.layers import FakeQuant
 
 SHAPE = (8, 8, 3)
@@ -138,6 +139,63 @@ def test_output_names_stay():
     qat.fit(x, {"label": np.zeros(8), "size": np.zeros(8)}, verbose=0)
 
 
+class NeverCalls(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.used, self.forgotten = layers.Dense(3, name="used"), layers.Dense(3, name="forgotten")
+        self.also_forgotten = [layers.BatchNormalization(), layers.LSTM(3)]
+
+    def call(self, x):
+        return self.used(x)
+
+
+def test_layers_that_are_never_called_do_not_matter():
+    model, x = NeverCalls(), np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    qat = kq.calibrate(kq.quantize(model), x)
+    assert not model.forgotten.built and kq.explain(model).supported
+    np.testing.assert_allclose(qat.predict(x, verbose=0), expected, atol=0.1)
+
+
+def pair(make):
+    inputs = [keras.Input((8,), name="one"), keras.Input((8,), name="other")]
+    return keras.Model(inputs, make(*inputs))
+
+
+IDENTITIES = {
+    "model": lambda: keras.Model(x := keras.Input((8,), name="one"), x),
+    "list": lambda: keras.Model([x := keras.Input((8,), name="one")], [x]),
+    "dict": lambda: keras.Model({"one": (x := keras.Input((8,), name="one"))}, {"one": x, "y": layers.Dense(2)(x)}),
+    "input_and_result": lambda: pair(lambda x, y: [y, x, layers.Dense(2, name="one_1")(x)]),
+    "result_twice": lambda: pair(lambda x, y: [z := layers.Add(name="sum")([x, y]), z]),
+    "training_only": lambda: pair(lambda x, y: [layers.Dropout(0.5)(x), y]),
+    "sequential": lambda: keras.Sequential([keras.Input((8,)), layers.GaussianNoise(0.1)]),
+}
+
+
+@pytest.mark.parametrize("make", IDENTITIES.values(), ids=IDENTITIES)
+def test_models_that_pass_their_inputs_on(make, tmp_path):
+    qat = kq.quantize(make())
+    x = random_inputs(qat)
+    kq.calibrate(qat, x)
+    assert len(set(kq.freeze(qat).outputs)) == len(qat.outputs)
+    assert kq.export(qat, tmp_path / "model.tflite", x).parity.exact
+
+
+STRUCTURES = {"array": lambda x: x, "list": lambda x: [x], "tuple": lambda x: (x,), "dict": lambda x: {"image": x}}
+
+
+@pytest.mark.parametrize("data", STRUCTURES)
+@pytest.mark.parametrize("inputs", STRUCTURES)
+def test_one_input_in_any_structure_goes_without_keras_warning_of_it(inputs, data, tmp_path, recwarn):
+    image = keras.Input(SHAPE, name="image")
+    model = keras.Model(STRUCTURES[inputs](image), layers.Dense(3)(layers.Flatten()(image)))
+    x = STRUCTURES[data](images(8))
+    qat = kq.calibrate(kq.quantize(model), x)
+    kq.export(qat, tmp_path / "model.tflite", x, runtimes=("litert",))
+    assert not [warning for warning in recwarn if "structure" in str(warning.message)]
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 FRESH_PROCESS = """
@@ -182,21 +240,6 @@ def sequential(*inner, shape=SHAPE):
     return keras.Sequential([keras.Input(shape, name="image"), layers.Dropout(0.1), *inner])
 
 
-class NeverCalls(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.used, self.forgotten = layers.Dense(3, name="used"), layers.Dense(3, name="forgotten")
-
-    def call(self, x):
-        return self.used(x)
-
-
-def never_called():
-    model = NeverCalls()
-    model(np.zeros((1, 4)))
-    return model
-
-
 def spoiled(value):
     model = small()
     weights = model.get_layer("conv").get_weights()
@@ -230,16 +273,12 @@ UNSUPPORTED = {
     "inf_weight": (lambda: spoiled(np.inf), "conv"),
     "minus_inf_weight": (lambda: spoiled(-np.inf), "conv"),
     "inf_statistics": (spoiled_norm, "norm"),
-    "never_called": (never_called, "forgotten"),
     "batch_norm_axis": (lambda: sequential(layers.BatchNormalization(axis=1, name="norm")), "norm"),
-    "softmax_axis": (lambda: sequential(layers.Softmax(axis=1, name="soft")), "soft"),
     "relu_threshold": (lambda: sequential(layers.ReLU(threshold=0.5, name="relu")), "relu"),
     "dilated_transposed": (lambda: sequential(layers.Conv2DTranspose(4, 3, dilation_rate=2, name="up")), "up"),
     "reflect_padding": (lambda: sequential(layers.Lambda(reflect, name="pad")), "pad"),
     "lstm": (lambda: sequential(layers.LSTM(3, name="memory"), shape=(8, 3)), "memory"),
     "gru": (lambda: sequential(layers.GRU(3, name="memory"), shape=(8, 3)), "memory"),
-    "conv3d": (lambda: sequential(layers.Conv3D(3, 2, name="volume"), shape=(4, 4, 4, 2)), "volume"),
-    "embedding": (lambda: sequential(layers.Embedding(9, 3, name="words"), shape=(8,)), "words"),
     "batch_into_axis": (lambda: sequential(layers.Lambda(lambda x: ops.reshape(x, (-1, 3)), name="mix")), "mix"),
 }  # fmt: skip
 
@@ -259,11 +298,11 @@ def test_unsupported_models_are_refused_by_layer_before_training(make, layer):
 
 
 @pytest.mark.parametrize("make, name", [
-    (lambda: layers.Softmax(axis=1, name="mine"), "mine"),
+    (lambda: layers.BatchNormalization(axis=1, name="mine"), "mine"),
     (lambda: layers.LSTM(3, name="mine"), "mine"),
     (lambda: layers.Conv1D(3, 3, padding="same", name="mine"), None),
     (lambda: layers.Conv1D(3, 3, padding="same", activation="tanh", name="mine"), None),
-], ids=["softmax", "lstm", "conv", "conv_tanh"])  # fmt: skip
+], ids=["batch_norm", "lstm", "conv", "conv_tanh"])  # fmt: skip
 @pytest.mark.parametrize("style", ["functional", "sequential", "nested"])
 def test_only_layer_of_a_model_keeps_its_name(make, name, style):
     inputs, layer = keras.Input((8, 3), name="series"), make()
@@ -285,6 +324,58 @@ def test_explain_prints_a_row_per_layer():
     assert rows["conv"] == "CONV_2D" and "FULLY_CONNECTED" in rows.values()
     for row in explanation.rows:
         assert row.layer in str(explanation)
+
+
+FOLDED = {
+    "conv": (lambda: [layers.Rescaling(0.5), layers.Conv2D(4, 3), layers.BatchNormalization()], [0, 2]),
+    "chain": (
+        lambda: [layers.Rescaling(0.5), layers.Normalization(mean=1.0, variance=2.0), layers.Conv2D(4, 3)],
+        [0, 1],
+    ),
+    "behind": (lambda: [layers.Conv2D(4, 3), layers.BatchNormalization(), layers.ReLU(), layers.Conv2D(3, 1)], [1]),
+    "not_folded": (lambda: [layers.ReLU(), layers.BatchNormalization(), layers.Rescaling(0.5), layers.ReLU()], []),
+}
+
+
+@pytest.mark.parametrize("make, folded", FOLDED.values(), ids=FOLDED)
+def test_explain_has_a_row_for_what_is_folded(make, folded):
+    inner = [*make(), layers.Flatten()]
+    rows = kq.explain(sequential(*inner)).rows
+    expected = [(inner[index].name, type(inner[index]).__name__) for index in folded]
+    assert [(row.layer, row.operation) for row in rows if row.integer_op == "folded"] == expected
+    places = [[layer.name in f"{row.layer}/".split("/") for row in rows].index(True) for layer in inner]
+    assert places == sorted(places)  # in the order of the model
+
+
+class Unrolled(layers.Layer):
+    """Runs the same code for each step, as TimeDistributed does."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def call(self, x):
+        return ops.stack([self.function(x[:, step]) for step in range(x.shape[1])], axis=1)
+
+
+REPEATED = {
+    "unknown": (lambda x: ops.cumsum(x, axis=1), ["steps/cumsum"]),
+    "refused": (lambda x: reflect(x[:, None])[:, 0], ["steps/pad"]),
+    "two": (lambda x: ops.cumsum(ops.cumprod(x, axis=1), axis=1), ["steps/cumprod", "steps/cumsum"]),
+}
+
+
+@pytest.mark.parametrize("function, places", REPEATED.values(), ids=REPEATED)
+def test_each_problem_is_listed_once(function, places):
+    model = sequential(Unrolled(function, name="steps"), shape=(4, 5, 3))
+    explanation = kq.explain(model)
+    assert [problem.layer for problem in explanation.problems] == places
+    assert len([row for row in explanation.rows if row.reason]) == 4 * len(places)  # but each row has its reason
+
+
+def test_layers_with_the_same_problem_are_all_listed():
+    model = sequential(layers.BatchNormalization(axis=1, name="a_1"), layers.BatchNormalization(axis=1, name="a_2"))
+    assert [problem.layer for problem in kq.explain(model).problems] == ["a_1", "a_2"]
 
 
 class ForeignModel:
@@ -363,7 +454,10 @@ def test_first_matching_rule_wins(recwarn):
 BAD_DATA = {
     "wrong_shape": (lambda: np.zeros((4, 8, 8, 1), "float32"), "'image' has the wrong shape.*Received"),
     "wrong_rank": (lambda: np.zeros((4, 8, 8), "float32"), "wrong shape"),
-    "too_many_inputs": (lambda: [images(4), images(4)], "1 input.*2"),
+    "too_many_inputs": (lambda: [images(4), LABELS[:4]], r"1 input.*'image'.*8, 8, 3.*2 arrays.*\(4,\)"),
+    "list_of_samples": (lambda: list(images(4)), r"1 input.*4 arrays.*\(8, 8, 3\)"),
+    "nan_in_a_list_of_batches": (lambda: [images(4), images(4) * np.nan], "NaN"),
+    "another_name": (lambda: {"picture": images(4)}, r"lacks \['image'\].*Received: \['picture'\]"),
     "empty_array": (lambda: images(0), "no batch"),
     "empty_list": (lambda: iter([]), "no batch"),
     "empty_dataset": (lambda: tf.data.Dataset.from_tensor_slices(images(4)).batch(2).take(0), "no batch"),
@@ -388,7 +482,9 @@ def test_calibration_sets_the_ranges_of_the_data():
     weights = [weight.numpy() for weight in qat.trainable_weights]
     x = images(40)
     kq.calibrate(qat, 2 * images(8))
-    for data in (x, tf.data.Dataset.from_tensor_slices((x, x)).batch(16), iter([x[:20], x[20:]])):
+    batches = [x[:20], x[20:]]
+    dataset = tf.data.Dataset.from_tensor_slices((x, x)).batch(16)
+    for data in (x, [x], {"image": x}, dataset, iter(batches), batches, tuple(batches), list(dataset)):
         assert kq.calibrate(qat, data) is qat
         scale, zero_point = ranges_of(qat)["image.range"]
         ends = (-128 - zero_point) * scale, (127 - zero_point) * scale
@@ -477,6 +573,12 @@ def test_unwritable_paths_are_named(path, calibrated, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+@pytest.mark.parametrize("path", ["", b""])
+def test_no_path_is_refused(path, calibrated):
+    with pytest.raises(ValueError, match="file name like 'model.tflite'"):
+        export(calibrated, path)
+
+
 @pytest.mark.parametrize("runtime", ["gpu", ""])
 def test_unknown_runtimes_are_refused(runtime, calibrated, target):
     with pytest.raises(ValueError, match="litert.*Received"):
@@ -488,3 +590,35 @@ def test_unknown_runtimes_are_refused(runtime, calibrated, target):
 def test_unknown_rim_types_are_refused(side, calibrated, target):
     with pytest.raises(ValueError, match=f"{side}.*Received.*int7"):
         export(calibrated, target, **{side: "int7"})
+
+
+class ForeignType:
+    """A type of another framework."""
+
+    name = "uint8"
+
+
+@pytest.mark.parametrize("dtype", ["uint8", tf.uint8, np.uint8, np.dtype("uint8"), ForeignType()], ids=str)
+def test_rim_types_may_be_objects(dtype, calibrated, target):
+    report = export(calibrated, target, input_type=dtype, output_type=dtype)
+    assert [port.tensor.dtype for port in report.summary.inputs + report.summary.outputs] == ["uint8", "uint8"]
+
+
+@pytest.mark.parametrize("dtype", [tf.int16, np.float64, None, 8, float, ["uint8"]], ids=str)
+@pytest.mark.parametrize("side", ["input_type", "output_type"])
+def test_other_types_are_refused(dtype, side, calibrated, target):
+    with pytest.raises(ValueError, match=f"{side} is .*int8.*Received") as error:
+        export(calibrated, target, **{side: dtype})
+    assert "float32" in str(error.value) and target.read_bytes() == b"the old file"
+
+
+@pytest.mark.parametrize("make", [small, lambda: sequential(layers.Flatten())], ids=["functional", "sequential"])
+def test_float_models_have_no_layers_to_compare(make, calibrated, target):
+    export(calibrated, target)
+    with pytest.raises(ValueError, match="per_layer=True.*kq.quantize.*Received"):
+        tflite_export.verify(target, with_head(make()), images(4), "litert", per_layer=True)
+
+
+def with_head(model):
+    """With the output of the file."""
+    return keras.Sequential([model, layers.Flatten(), layers.Dense(3, name="classes")])

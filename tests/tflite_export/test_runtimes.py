@@ -248,6 +248,25 @@ def test_command_line(dense_file, arguments, words):
     assert all(word in done.stdout for word in words), done.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments, code",
+    [
+        (["--help"], 0),
+        (["-h"], 0),
+        (["inspect", "--help"], 0),
+        ([], 1),
+        (["inspect"], 1),
+        (["draw", "x"], 1),
+        (["--no"], 1),
+    ],
+)
+def test_help_of_the_command_line(tmp_path, arguments, code):
+    done = _python("-m", "tflite_export", *arguments, cwd=tmp_path)
+    assert done.returncode == code
+    if code == 0:
+        assert "inspect model.tflite" in done.stdout and "--samples" in done.stdout and done.stderr == ""
+
+
 @pytest.mark.parametrize("command", ["inspect", "run"])
 @pytest.mark.parametrize("content, words", [(b"hello there", "not a readable .tflite"), (None, "No such file")])
 def test_command_line_on_a_bad_file(tmp_path, command, content, words):

@@ -89,6 +89,8 @@ def test_differences_are_counted_in_lsb(dense):
     integers[::10, 4] += 3  # one element in a hundred
     parity = verify(dense.content, output.dequantize(integers), dense.inputs, "litert")
     assert (parity.max_lsb, parity.mismatch) == (3, pytest.approx(0.01))
+    assert parity.rms == parity.results[0].rms == pytest.approx(0.3)  # the root of a hundredth of 9
+    assert "rms LSB" in str(parity) and "0.3000" in str(parity)
 
 
 def test_top1_counts_rows_whose_winner_changed(dense):
@@ -107,19 +109,24 @@ def test_top1_counts_rows_whose_winner_changed(dense):
     "rows, passed",
     [
         ([], False),
-        ([(0.0, 0, 1.0)], True),
-        ([(0.9, 1, 0.2)], True),
-        ([(0.9, 2, 0.995)], True),
-        ([(0.9, 2, 0.99)], False),
-        ([(0.01, 9, None)], True),
-        ([(0.011, 9, None)], False),
-        ([(0.0, 0, 1.0), (0.5, 7, 0.5)], False),
+        ([(0.0, 0, 0.0, 1.0)], True),
+        ([(0.9, 1, 0.95, 0.2)], True),  # 1 LSB passes whatever the classes
+        ([(0.9, 1, 0.95, None)], True),
+        ([(0.9, 2, 1.0, 0.995)], True),
+        ([(0.9, 2, 1.0, 0.99)], False),
+        ([(0.9, 2, 1.01, 0.995)], False),
+        ([(0.001, 90, 2.8, 1.0)], False),
+        ([(0.01, 9, 0.9, None)], True),
+        ([(0.5, 2, 1.0, None)], True),
+        ([(0.5, 2, 1.01, None)], False),
+        ([(0.0, 0, 0.0, 1.0), (0.5, 7, 0.9, 0.5)], False),
     ],
 )
 def test_what_passes(rows, passed):
     parity = Parity([OutputParity("litert", "y", 100, *row) for row in rows], samples=10)
     assert parity.passed == parity.to_dict()["passed"] == passed
-    assert parity.exact == (rows == [(0.0, 0, 1.0)])
+    assert parity.exact == (rows == [(0.0, 0, 0.0, 1.0)])
+    assert parity.to_dict()["rms"] == parity.rms == max((row[2] for row in rows), default=0)
 
 
 def nan_at(array, *index):

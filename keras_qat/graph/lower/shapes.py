@@ -26,6 +26,13 @@ def _at(axis: int, key, rank: int) -> tuple:
     return tuple(keys)
 
 
+def _reshape(operation, args, kwargs):
+    """One whose batch was left open while tracing (see trace.py) is made anew, so that it can be saved."""
+    if None not in tuple(operation.get_config().get("newshape", ())):
+        return None
+    return lambda x, *_: ops.reshape(x, operation.newshape)
+
+
 def _swap_axes(operation, args, kwargs):
     order = list(range(len(args[0].shape)))
     one, other = operation.axis1, operation.axis2
@@ -113,6 +120,7 @@ RULES = {
     "ops.Flip": _flip,
     "ops.Moveaxis": _move_axes,
     "ops.Repeat": _repeat,
+    "ops.Reshape": _reshape,
     "ops.Roll": _roll,
     "ops.Softmax": _softmax,
     "ops.Split": _split,

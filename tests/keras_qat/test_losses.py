@@ -1,0 +1,170 @@
+"""Losses that layers add themselves: a QAT model has those of the float model, computed on the same tensors."""
+
+import keras
+import numpy as np
+import pytest
+from cases import with_lively_batch_norms
+from keras import layers, ops, regularizers
+
+import keras_qat as kq
+import tflite_export
+
+IMAGE, VECTOR = (6, 6, 3), (12,)
+
+
+@keras.saving.register_keras_serializable("keras_qat_tests")
+class Sparse(layers.Layer):
+    """Adds a loss made of a layer's output, and one made of its own input."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = layers.Dense(6, "relu", name="inner")
+
+    def call(self, x):
+        y = self.inner(x)
+        self.add_loss([0.1 * ops.mean(ops.square(y)), ops.mean(ops.abs(x))])
+        return y
+
+
+class Penalized(keras.Model):
+    """A model that adds a loss in its own `call`, with a layer in it that does so, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = Sparse(), layers.Dense(3)
+
+    def call(self, x):
+        y = self.head(self.body(x))
+        self.add_loss(ops.mean(ops.square(y - 1.0)))
+        return y
+
+
+class PassesThrough(layers.Layer):
+    def call(self, x):
+        self.add_loss(ops.mean(ops.square(x)))
+        return x
+
+
+class Composite(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = layers.Dense(4, activity_regularizer=regularizers.L1(0.02))
+
+    def call(self, x):
+        return ops.relu(self.inner(x)) * 2.0
+
+
+def chain(*inner, shape=VECTOR):
+    x = inputs = keras.Input(shape)
+    for layer in inner:
+        x = layer(x)
+    return keras.Model(inputs, x)
+
+
+def called_twice():
+    inputs, layer = keras.Input(VECTOR), layers.Dense(12, "relu", activity_regularizer="l2")
+    return keras.Model(inputs, layer(layer(inputs)))
+
+
+def subclassed():
+    model = Penalized()
+    model(np.zeros((1, *VECTOR), "float32"))
+    return model
+
+
+L1 = regularizers.L1(0.05)
+MODELS = {
+    "linear": lambda: chain(layers.Dense(5, activity_regularizer=L1)),
+    "activation": lambda: chain(layers.Dense(5, "relu", activity_regularizer=L1), layers.Dense(2)),
+    "softmax": lambda: chain(layers.Dense(5, "softmax", activity_regularizer="l2")),
+    "in_front_of_batch_norm": lambda: chain(
+        layers.Conv2D(5, 3, activity_regularizer=L1), layers.BatchNormalization(), layers.ReLU(), shape=IMAGE
+    ),
+    "of_batch_norm": lambda: chain(
+        layers.Conv2D(5, 3), layers.BatchNormalization(activity_regularizer=L1), layers.ReLU(), shape=IMAGE
+    ),
+    "of_batch_norm_alone": lambda: chain(layers.ReLU(), layers.BatchNormalization(activity_regularizer=L1)),
+    "behind_rescaling": lambda: chain(layers.Rescaling(0.5, 0.1), layers.Dense(5, activity_regularizer=L1)),
+    "of_rescaling": lambda: chain(layers.Rescaling(0.5, 0.1, activity_regularizer=L1), layers.Dense(5)),
+    "separable": lambda: chain(layers.SeparableConv2D(5, 3, activity_regularizer=L1), shape=IMAGE),
+    "without_weights": lambda: chain(layers.MaxPooling2D(activity_regularizer=L1), layers.Flatten(), shape=IMAGE),
+    "regularization_layer": lambda: chain(layers.Dense(5), layers.ActivityRegularization(0.01, 0.02), layers.ReLU()),
+    "called_twice": called_twice,
+    "of_a_composite": lambda: chain(Composite(activity_regularizer=L1), layers.Dense(3)),
+    "nested": lambda: chain(chain(layers.Dense(12, "tanh", activity_regularizer=L1)), layers.Dense(3)),
+    "add_loss": lambda: chain(layers.Dense(12), Sparse(), layers.Dense(3)),
+    "add_loss_of_a_model": subclassed,
+    "add_loss_that_passes_through": lambda: chain(layers.Dense(4), PassesThrough(), layers.ReLU()),
+    "weights_too": lambda: chain(layers.Dense(5, kernel_regularizer="l2", activity_regularizer=L1)),
+}
+
+
+def prepared(make):
+    keras.utils.set_random_seed(1)
+    model = with_lively_batch_norms(make())
+    qat = kq.quantize(model)
+    x = np.random.default_rng(0).normal(size=(32, *qat.inputs[0].shape[1:])).astype("float32")
+    return model, kq.calibrate(qat, x), x
+
+
+def losses_of(model, x, **options) -> np.ndarray:
+    model(x, **options)
+    return np.sort([float(loss) for loss in model.losses])
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_losses_are_those_of_the_float_model(make):
+    model, qat, x = prepared(make)
+    for training in (False, True):
+        expected = losses_of(model, x, training=training)
+        assert len(expected) > 0 and np.all(expected > 0)
+        np.testing.assert_allclose(losses_of(qat, x, training=training), expected, rtol=0.04)
+    assert np.any(np.abs(losses_of(qat, 2 * x) / losses_of(qat, x) - 1) > 0.1)  # they are computed, not remembered
+
+
+@pytest.mark.parametrize("name", ["activation", "in_front_of_batch_norm", "add_loss"])
+def test_losses_are_trained_saved_and_not_in_the_file(name, tmp_path):
+    model, qat, x = prepared(MODELS[name])
+    qat.compile(keras.optimizers.SGD(0.1), loss=None)
+    history = qat.fit(x, epochs=5, batch_size=32, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+    assert qat.evaluate(x, verbose=0) == pytest.approx(losses_of(qat, x).sum(), rel=1e-5)
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.saving.load_model(tmp_path / "qat.keras")
+    np.testing.assert_array_equal(losses_of(loaded, x), losses_of(qat, x))
+    program, plain = kq.freeze(loaded), kq.freeze(prepared(lambda: without_losses(model))[1])
+    assert [op.kind for op in program.ops] == [op.kind for op in plain.ops]
+    assert tflite_export.verify(tflite_export.write(program), qat, x).exact
+
+
+def without_losses(model):
+    config = model.get_config()
+    for layer in config["layers"]:
+        layer["config"].pop("activity_regularizer", None)
+        if layer["class_name"] == "Sparse":
+            layer.update(module="keras.layers", class_name="Dense", registered_name=None)
+            layer["config"] = {"units": 6, "activation": "relu", "name": layer["config"]["name"]}
+    return keras.Model.from_config(config)
+
+
+class PenalizesItsWeight(layers.Layer):
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(input_shape[-1],), initializer="ones", name="scale")
+
+    def call(self, x):
+        self.add_loss(ops.sum(ops.square(self.scale)))
+        return x * self.scale
+
+
+def test_a_loss_of_weights_alone_is_told():
+    model = chain(layers.Dense(4), PenalizesItsWeight(name="mine"))
+    with pytest.warns(UserWarning, match="'mine' adds a loss that depends on no tensor.*regularizer"):
+        kq.quantize(model)
+
+
+def test_float_model_keeps_its_losses():
+    model, _, x = prepared(MODELS["add_loss"])
+    before = losses_of(model, x)
+    kq.quantize(model)
+    np.testing.assert_array_equal(losses_of(model, x), before)
+    assert not [layer for layer in model._flatten_layers() if "add_loss" in vars(layer)]
