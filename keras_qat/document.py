@@ -20,6 +20,7 @@ import numpy as np
 from keras import layers, ops
 
 import keras_qat as kq
+import tflite_export
 from keras_qat.graph.lower import RULES, lowering_of
 from keras_qat.graph.walk import key_of
 from keras_qat.layers import FakeQuant
@@ -39,6 +40,7 @@ _ARGUMENTS = {
     "block_size": 2,
     "cell": lambda: layers.GRUCell(4),
     "destination": 2,
+    "default_value": 0.0,
     "dims": (2, 1),
     "dtype": "float32",
     "equation": "abc,cd->abd",
@@ -68,6 +70,7 @@ _ARGUMENTS = {
     "source": 1,
     "stddev": 0.1,
     "target_shape": (-1,),
+    "threshold": 0.5,
     "units": 4,
     "width": 2,
     "width_factor": 0.2,
@@ -97,9 +100,12 @@ _CALLS: dict[str, Callable] = {
     "TimeDistributed": lambda x: layers.TimeDistributed(layers.Dense(4))(x),
     "ops.argmax": lambda x: ops.argmax(ops.relu(x), axis=-1),  # on its own it leaves nothing to train
     "ops.argmin": lambda x: ops.argmin(ops.relu(x), axis=-1),
+    "ops.broadcast_to": lambda: _on((1, 4), lambda x: ops.broadcast_to(x, (None, 4, 4))),
     "ops.depthwise_conv": lambda x: ops.depthwise_conv(x, np.full((2, 4, 1), 0.5, "float32")),
     "ops.dot_product_attention": lambda: _on((4, 2, 4), lambda x: ops.dot_product_attention(x, x, x)),
     "ops.einsum": lambda x, y: ops.einsum("btc,bsc->bts", x, y),
+    "ops.flip": lambda x: ops.flip(x, axis=1),
+    "ops.image.rgb_to_grayscale": lambda: _on((4, 4, 3), ops.image.rgb_to_grayscale),
     "ops.matmul (x, constant)": lambda x: ops.matmul(x, np.full((4, 4), 0.5, "float32")),
     "ops.max": lambda x: ops.max(x, axis=-1),
     "ops.mean": lambda x: ops.mean(x, axis=-1),
@@ -352,7 +358,9 @@ def _frozen_ops(model: keras.Model) -> tuple[str, ...]:
         if isinstance(layer, FakeQuant) and layer.quantizer.observes:
             for site in range(len(layer.sites)):
                 layer.quantizer.include(np.float32([-1, 1]), site)
-    return tuple(op.kind for op in kq.freeze(qat).ops)
+    program = kq.freeze(qat)
+    tflite_export.write(program)
+    return tuple(op.kind for op in program.ops)
 
 
 def _node(model: keras.Model):

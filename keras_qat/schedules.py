@@ -6,7 +6,7 @@ what the optimizer has done: step 0 is before the first one.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -316,13 +316,14 @@ def adapt(schedule) -> Schedule:
     return Foreign(schedule)
 
 
-def resume(schedule: Schedule, iterations: int, sparsity: float) -> int:
+def resume(schedule: Schedule, iterations: int, sparsity: float, reached: Callable = lambda value: value) -> int:
     """The step of a model that was saved while it was pruned and loaded again, told from what it was saved with.
 
     Args:
         schedule: It was pruned by this one.
         iterations: Steps that its optimizer has done.
         sparsity: Of its pruned weights.
+        reached: The sparsity that the pattern makes of that of the schedule.
 
     Returns:
         `iterations`, if that agrees with the sparsity. Else (the optimizer had trained before the pruning began) the
@@ -330,8 +331,8 @@ def resume(schedule: Schedule, iterations: int, sparsity: float) -> int:
     """
     past = np.arange(iterations + 1)
     chosen = past[np.asarray(schedule.due(past))]
-    if len(chosen) and abs(float(schedule(chosen[-1])) - sparsity) < 0.02:
+    if len(chosen) and abs(float(reached(schedule(chosen[-1]))) - sparsity) < 0.02:
         return iterations
     steps = np.arange((schedule.begin if schedule.end is None else schedule.end) + 1)
     turns = steps[np.asarray(schedule.due(steps))]
-    return int(turns[np.argmin(np.abs(np.asarray(schedule(turns)) - sparsity))])
+    return int(turns[np.argmin(np.abs(np.asarray(reached(schedule(turns))) - sparsity))])

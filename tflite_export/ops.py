@@ -14,7 +14,8 @@ from tflite_export.program import Op, Program
 class Builtin:
     """One row of the table. `typed_by` is the input whose element type chooses the version.
 
-    `micro` says whether TensorFlow Lite Micro has an int8 kernel for the op too, as LiteRT has for all of them.
+    `micro` says whether TensorFlow Lite Micro has a kernel for the op too: for int8, or for float32 where LiteRT has no
+    other.
     """
 
     options: str | None = None

@@ -95,7 +95,7 @@ class Pruning(StepCallback):
         self.targets = find_targets(self.model, self.policy, self.rules)
         self._check_others()
         schedules = {id(target.policy): self._in_steps(target.policy.schedule) for target in self.targets}
-        self._find_origin(schedules[id(self.targets[0].policy)])
+        self._find_origin(self.targets[0].policy, schedules[id(self.targets[0].policy)])
         self.step = self._clock() - self._origin
         self._warn_if_too_short(schedules.values())
         by_policy: dict[int, list[Target]] = {}
@@ -108,6 +108,8 @@ class Pruning(StepCallback):
         self._latest = keras.Variable(
             np.int64(self.step), dtype="int64", trainable=False, aggregation="only_first_replica"
         )
+
+    def begin(self):
         for masks in self._masks:
             masks.begin(self.step, was_pruned=self.step > 0)
         self._enforce()
@@ -129,13 +131,14 @@ class Pruning(StepCallback):
     def _batches_per_step(self) -> int:
         return core_of(self.model.optimizer).gradient_accumulation_steps or 1
 
-    def _find_origin(self, schedule) -> None:
+    def _find_origin(self, policy, schedule) -> None:
         """At which count of the optimizer's clock pruning began."""
         before = self._clock_before
         if self._origin is None:
             if self.initial_step is None:
                 pruned_by_another = before > 0 and self._zeros_before > 0.005
-                self.step = resume(schedule, before, self._zeros_before) if pruned_by_another else 0
+                reached = policy.pattern.sparsity_at
+                self.step = resume(schedule, before, self._zeros_before, reached) if pruned_by_another else 0
             self._origin = before - self.step if before else -(self.initial_step or 0)
         elif self._clock() == before == 0:
             self._origin = -self.step  # compiled anew: a new clock

@@ -17,11 +17,14 @@ from keras import ops, tree
 class StepCallback(keras.callbacks.Callback):
     """A callback with a say in every training step; what it leaves as it is here does nothing.
 
-    All methods but `prepare` and `epoch_logs` run inside of the graph.
+    `admits`, `changed` and `after_step` run inside of the graph.
     """
 
     def prepare(self) -> None:
         """Before the first step of a `fit`, eagerly: everything is built and restored. Checks, and makes variables."""
+
+    def begin(self) -> None:
+        """Then, when all callbacks are prepared and none has complained: what is to change before the first step."""
 
     def admits(self, gradients):
         """Whether the optimizer may take a step on these gradients: a tensor, or None if it may anyway."""
@@ -115,6 +118,8 @@ class TrainFunction:
                 model.optimizer.build(model.trainable_variables)
             for callback in self.callbacks:
                 callback.prepare()
+            for callback in self.callbacks:
+                callback.begin()
         self._prepared = True
 
     @contextlib.contextmanager

@@ -14,8 +14,15 @@ from keras_qat.pruning.selection import keep_count, largest
 from keras_qat.weighted import Layout
 
 
+class _Units:
+    """What the patterns of units share: they reach the sparsity that the schedule asks for."""
+
+    def sparsity_at(self, asked):
+        return asked
+
+
 @dataclasses.dataclass(frozen=True)
-class Weights:
+class Weights(_Units):
     """Every single weight by itself."""
 
     def unit_scores(self, scores, layout: Layout):
@@ -32,7 +39,7 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class Blocks(_Units):
     """Blocks of `rows` × `columns` in the kernel's last two axes (inputs and outputs), at the rims what is left of one."""
 
     rows: int
@@ -73,7 +80,7 @@ def _cut(length, size) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Channels:
+class Channels(_Units):
     """Whole output channels, with their biases and the batch norm behind them: nothing is left of such a channel."""
 
     def unit_scores(self, scores, layout):
@@ -113,6 +120,13 @@ class NofM:
     def sparsity(self) -> float:
         return 1.0 - self.n / self.m
 
+    def sparsity_at(self, asked):
+        """Whole weights of m: what becomes of a sparsity of the schedule."""
+        return ops.cast(self._removed(asked), "float32") / self.m
+
+    def _removed(self, sparsity):
+        return ops.minimum(ops.cast(ops.round(sparsity * self.m), "int32"), self.m - self.n)
+
     def mask(self, scores, sparsity, layout: Layout):
         """The mask at a sparsity of the schedule."""
         rows = ops.moveaxis(scores, layout.inner, -1)
@@ -121,8 +135,7 @@ class NofM:
         rows = ops.reshape(rows, (-1, length))
         rows = ops.pad(rows, [[0, 0], [0, groups * self.m - length]], constant_values=-np.inf)
         rows = ops.reshape(rows, (-1, self.m))
-        removed = ops.minimum(ops.cast(ops.round(sparsity * self.m), "int32"), self.m - self.n)
-        kept = ops.argsort(ops.argsort(-rows)) < self.m - removed
+        kept = ops.argsort(ops.argsort(-rows)) < self.m - self._removed(sparsity)
         kept = ops.reshape(ops.reshape(kept, (-1, groups * self.m))[:, :length], (*around, length))
         return ops.moveaxis(kept, -1, layout.inner)
 

@@ -152,9 +152,10 @@ def _positions(model) -> dict[int, int]:
 def _positions_of_call(layer, input_shape, output_shape) -> int | None:
     if isinstance(layer, keras.layers.EinsumDense):
         operands, output = layer.equation.replace(" ", "").split("->")
-        kernel = operands.split(",")[1]
-        sizes = [size for letter, size in zip(output, output_shape, strict=False) if letter not in kernel]
-        return None if "." in output or None in sizes[1:] else math.prod(sizes[1:])
+        inputs, kernel = operands.split(",")
+        sizes = {**dict(zip(output, output_shape, strict=False)), **dict(zip(inputs, input_shape, strict=False))}
+        shape = [size for letter, size in list(sizes.items())[1:] if letter not in kernel]
+        return None if "." in layer.equation or None in shape else math.prod(shape)
     if isinstance(layer, keras.layers.Dense):
         shape = output_shape[1:-1]
     elif "Conv" in type(layer).__name__:

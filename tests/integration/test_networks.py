@@ -29,7 +29,7 @@ def _trained(name, size, steps):
 
 
 def _ops(tflite):
-    """What ops a file has. Ours averages with AVERAGE_POOL_2D, which rounds alike everywhere, where MEAN does not."""
+    """What ops a file has. Ours averages few values with AVERAGE_POOL_2D, which rounds them alike everywhere."""
     counts = collections.Counter(op.kind for op in tflite_export.inspect(tflite).ops)
     counts["MEAN"] += counts.pop("AVERAGE_POOL_2D", 0)
     return counts

@@ -1,5 +1,7 @@
 """keras.ops, alone and between two dense layers, from Keras to the integers of three runtimes."""
 
+import keras
+import numpy as np
 import pytest
 from cases import inputs_for
 from cases_ops import KERAS_OPS
@@ -10,20 +12,35 @@ import tflite_export
 _RUNTIMES = ("litert", "xnnpack", "tflm")
 
 
-def _measure(model):
-    inputs = inputs_for(model)
-    qat = kq.calibrate(kq.quantize(model), inputs)
+def _parity(qat, inputs):
     tflite = tflite_export.write(kq.freeze(qat, portable=True))
     summary = tflite_export.inspect(tflite)
     assert summary.is_full_int8, summary.reasons
     return tflite_export.verify(tflite, qat, inputs, runtimes=_RUNTIMES)
 
 
-@pytest.mark.parametrize("form", ["one_op", "three_ops"])
-@pytest.mark.parametrize("case", KERAS_OPS, ids=str)
-def test_operation(case, form):
-    parity = _measure(getattr(case, form)())
+def _assert_parity(case, parity):
     has_more_axes = any(len(shape) > 3 for shape in case.shapes) or case.name == "space_to_depth"
     assert len(parity.results) == len(_RUNTIMES) or has_more_axes, parity.skipped  # TFLM's kernels take four axes
     assert parity.max_lsb <= 1, parity
     assert not case.exact or parity.mismatch <= 0.001, parity
+
+
+@pytest.mark.parametrize("case", KERAS_OPS, ids=str)
+def test_trained_saved_and_loaded(case, tmp_path):
+    model = case.one_op()
+    inputs = inputs_for(model)
+    qat = kq.quantize(model)
+    qat.compile("sgd", "mse")
+    qat.fit(inputs, np.zeros((64, *qat.output_shape[1:]), "float32"), batch_size=32, verbose=0)
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.models.load_model(tmp_path / "qat.keras")
+    assert np.array_equal(qat.predict(inputs, verbose=0), loaded.predict(inputs, verbose=0))
+    _assert_parity(case, _parity(loaded, inputs))
+
+
+@pytest.mark.parametrize("case", KERAS_OPS, ids=str)
+def test_between_dense_layers(case):
+    model = case.three_ops()
+    inputs = inputs_for(model)
+    _assert_parity(case, _parity(kq.calibrate(kq.quantize(model), inputs), inputs))
