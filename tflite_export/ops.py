@@ -126,6 +126,7 @@ BUILTINS: dict[str, Builtin] = {
     "ARG_MAX": Builtin("ArgMaxOptions", int8=2),
     "AVERAGE_POOL_2D": Builtin("Pool2DOptions", int8=2, int16=3),
     "BATCH_MATMUL": Builtin("BatchMatMulOptions", int8=2, int16=3),
+    "BROADCAST_TO": Builtin("BroadcastToOptions", int8=3, int16=3),
     "CAST": Builtin("CastOptions", int8=3),
     "CEIL": Builtin(),
     "CONCATENATION": Builtin("ConcatenationOptions", int8=2, int16=3),

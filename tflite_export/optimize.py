@@ -81,7 +81,62 @@ def flatten_for_fully_connected(program: Program) -> Program:
     return _without_unread_ops(dataclasses.replace(program, ops=ops))
 
 
-REWRITES = (merge_reshapes, fold_pads, flatten_for_fully_connected)
+def merge_transposes(program: Program) -> Program:
+    """A TRANSPOSE of a TRANSPOSE is one of the first one's input; one that moves nothing vanishes."""
+    producers, tensors = program.producers(), dict(program.tensors)
+    ops, renamed = [], {}
+    for op in program.ops:
+        op = dataclasses.replace(op, inputs=[renamed.get(name, name) for name in op.inputs])
+        if op.kind == "TRANSPOSE":
+            order, before = tensors[op.inputs[1]].data, producers.get(op.inputs[0])
+            if before is not None and before.kind == "TRANSPOSE":
+                order = tensors[before.inputs[1]].data[order]
+                twin = dataclasses.replace(tensors[op.inputs[1]], data=order, name=f"{op.inputs[1]}/merged")
+                tensors[twin.name] = twin
+                op.inputs = [renamed.get(before.inputs[0], before.inputs[0]), twin.name]
+                producers[op.outputs[0]] = op
+            if np.array_equal(order, np.arange(len(order))) and op.outputs[0] not in program.outputs.values():
+                renamed[op.outputs[0]] = op.inputs[0]
+                continue
+        ops.append(op)
+    return _without_unread_ops(dataclasses.replace(program, ops=ops, tensors=tensors))
+
+
+def transpose_in_matmul(program: Program) -> Program:
+    """BATCH_MATMUL can read its second factor with the last two axes swapped."""
+    producers, tensors = program.producers(), program.tensors
+    ops = []
+    for op in program.ops:
+        before = producers.get(op.inputs[1]) if op.kind == "BATCH_MATMUL" else None
+        if before is not None and before.kind == "TRANSPOSE" and not op.options.get("adjY"):
+            order = tensors[before.inputs[1]].data.tolist()
+            rank = len(order)
+            if order == [*range(rank - 2), rank - 1, rank - 2]:
+                op = dataclasses.replace(
+                    op, inputs=[op.inputs[0], before.inputs[0]], options={**op.options, "adjY": True}
+                )
+        ops.append(op)
+    return _without_unread_ops(dataclasses.replace(program, ops=ops))
+
+
+def drop_zero_biases(program: Program) -> Program:
+    """FULLY_CONNECTED does without a bias that is zero everywhere."""
+    ops = []
+    for op in program.ops:
+        if op.kind == "FULLY_CONNECTED" and op.inputs[2] is not None and not np.any(program.tensors[op.inputs[2]].data):
+            op = dataclasses.replace(op, inputs=[*op.inputs[:2], None])
+        ops.append(op)
+    return dataclasses.replace(program, ops=ops)
+
+
+REWRITES = (
+    merge_reshapes,
+    merge_transposes,
+    transpose_in_matmul,
+    fold_pads,
+    flatten_for_fully_connected,
+    drop_zero_biases,
+)
 
 
 def _without_unread_ops(program: Program) -> Program:

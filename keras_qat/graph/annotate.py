@@ -169,7 +169,7 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         site = result.sites.get(id(flow.root[id(tensor)]))
         if site is not None:
             site.is_output = True
-    if not result.sites:
+    if not result.sites and "float" in flow.kinds.values():
         raise ValueError(
             "Nothing of the model is left to quantize: its rules leave every layer in float. Expected a rule with None "
             "to match some layers only."

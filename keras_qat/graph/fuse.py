@@ -64,11 +64,11 @@ def _take_over_input_scaling(model, rules):
     Returns:
         The model, and layer id → (multiplier, offset) taken over.
     """
-    readers, calls, copies = readers_of(model), calls_of(model), Copies()
+    readers, producers, calls, copies = readers_of(model), producers_of(model), calls_of(model), Copies()
     vanishing, taken = set(), {}
     for node in nodes_of(model):
         scalars = node.operation.scalars if key_of(node.operation) == "ChannelScale" else None
-        if scalars is None or scalars[0] <= 0 or not _stems_from_input(node, model) or _in_float(node, rules):
+        if scalars is None or scalars[0] <= 0 or not _stems_from_input(node, producers) or _in_float(node, rules):
             continue
         targets = _readers_of_values(node.outputs[0], readers)
         if all(_takes_over(target, scalars[1], calls, rules) for target in targets):
@@ -95,9 +95,9 @@ def _readers_of_values(tensor, readers) -> list:
     return found
 
 
-def _stems_from_input(node, model) -> bool:
+def _stems_from_input(node, producers) -> bool:
     """Whether nothing but training-only layers stands between a model input and the node."""
-    producers, tensor = producers_of(model), node.input_tensors[0]
+    tensor = node.input_tensors[0]
     while id(tensor) in producers:
         before = producers[id(tensor)]
         if row_of(before.operation).range != "train":

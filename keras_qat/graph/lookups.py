@@ -45,6 +45,7 @@ _NATIVE = {
     "ops.Sigmoid", "ops.Subtract", "ops.Tanh", "ops.Where",
 }  # fmt: skip
 _OPS_OF_A_LOOKUP = 3
+_LONGEST_CHAIN = 64
 
 
 def needs_lookup(operation) -> bool:
@@ -90,6 +91,8 @@ def _matters(reader) -> bool:
 
 def _chains(model) -> dict[int, tuple]:
     """Id of a tensor → the tensor it is a function of, number by number, and the nodes of that function."""
+    if not any(needs_lookup(node.operation) for node in nodes_of(model)):
+        return {}
     derived = _derived(model)
     readers, found = readers_of(model), {}
     for key, (root, nodes) in derived.items():
@@ -116,8 +119,8 @@ def _derived(model) -> dict[int, tuple]:
         if len(roots) != 1 or not _is_pointwise(node, sources):
             continue
         (root,) = roots.values()
-        if node.outputs[0].shape == root.shape:
-            earlier = {id(one): one for _, nodes in sources for one in nodes}
+        earlier = {id(one): one for _, nodes in sources for one in nodes}
+        if node.outputs[0].shape == root.shape and len(earlier) < _LONGEST_CHAIN:
             derived[id(node.outputs[0])] = (root, (*earlier.values(), node))
     return derived
 

@@ -94,12 +94,12 @@ class _Tracer:
 
     def visit(self, operation, args, kwargs, path):
         """Calls a primitive's copy, or opens a composite."""
-        lowering = self._lowering_of(operation, args, kwargs)
-        if lowering is not None:
-            try:
+        try:
+            lowering = self._lowering_of(operation, args, kwargs)
+            if lowering is not None:
                 return self._regularized(operation, self._open_call(lowering, operation, args, kwargs, path), path)
-            except Exception as error:  # an `activation=` that only takes numbers
-                return self._leave_closed(operation, args, kwargs, path, _why_closed(operation, error))
+        except Exception as error:  # an `activation=` that only takes numbers, arguments that no rule expects
+            return self._leave_closed(operation, args, kwargs, path, _why_closed(operation, error))
         if self.is_primitive(operation):
             return self._call_copy(operation, args, kwargs, path)
         if isinstance(operation, (keras.Layer, keras.Function)):

@@ -162,7 +162,7 @@ def test_layout_of_kernels(name):
     assert [axis % rank for axis in layout.channels] == [axis % rank for axis in expected.channels]
 
 
-def small(name=None):
+def small():
     """Of every kind of layer one."""
     keras.utils.set_random_seed(0)
     stack = [
@@ -177,7 +177,7 @@ def small(name=None):
         layers.LayerNormalization(name="layer_norm"),
         layers.Dense(3, name="classes"),
     ]
-    return keras.Sequential(stack, name=name)
+    return keras.Sequential(stack)
 
 
 X = np.random.default_rng(0).normal(size=(64, 8, 8, 4)).astype("float32")
@@ -503,11 +503,6 @@ def test_a_subclassed_model_that_fit_builds():
 LONG = schedules.Polynomial(0.0, 0.8, 0, 24, frequency=2)
 
 
-def reference():
-    """One fit over the whole schedule: 6 epochs of 4 steps."""
-    return train(small("net"), [Pruning(LONG)], epochs=6, optimizer=optimizers.SGD(0.05, momentum=0.9))
-
-
 def assert_same(model, other):
     for ours, theirs in zip(model.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -515,11 +510,12 @@ def assert_same(model, other):
 
 @pytest.fixture(scope="module")
 def whole():
-    return reference()
+    """One fit over the whole schedule: 6 epochs of 4 steps."""
+    return begun([Pruning(LONG)], epochs=6)
 
 
 def begun(callbacks, epochs=3):
-    return train(small("net"), callbacks, epochs=epochs, optimizer=optimizers.SGD(0.05, momentum=0.9))
+    return train(tiny(), callbacks, epochs=epochs, optimizer=optimizers.SGD(0.05, momentum=0.9))
 
 
 @pytest.mark.filterwarnings("ignore:This fit ends")
@@ -561,7 +557,7 @@ def test_backup_and_restore(pruning_first, pretrained, tmp_path):
                 raise KeyboardInterrupt
 
     def fresh():
-        model = small("net")
+        model = tiny()
         model.compile(optimizers.SGD(0.05, momentum=0.9), LOSS)
         if pretrained:
             fit(model, [], epochs=2)
