@@ -147,11 +147,12 @@ class Slope(GridLayer):
         )
 
     def call(self, x, input_scale=None, output_scale=None):
+        if input_scale is None:
+            return ops.where(x >= 0, x, x * self.slopes)
         integers, scale = self.integers(input_scale, output_scale)
-        slopes = self.slopes + ops.stop_gradient(integers * scale - self.slopes)
-        product = x * slopes
-        if input_scale is not None:  # a quarter of a step decides ties, see Quantized
-            product = product + ops.stop_gradient(0.25 * scale * input_scale * ops.sign(product))
+        product = x * (self.slopes + ops.stop_gradient(integers * scale - self.slopes))
+        # A quarter of a step decides ties, see Quantized.
+        product = product + ops.stop_gradient(0.25 * scale * input_scale * ops.sign(product))
         return ops.where(x >= 0, x, product)
 
     def integers(self, input_scale=None, output_scale=None):
