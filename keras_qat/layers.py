@@ -288,19 +288,6 @@ class Quantized(GridLayer):
         self.channel_axes, self.input_scaling = tuple(channel_axes), tuple(input_scaling)
         self.weight_quantizer = MaxAbs(bits, per_channel, self.channel_axes, name="weights")
 
-    def rewrapped(self) -> "Quantized":
-        """The same layers in a new wrapper that no graph has called yet."""
-        spec = self.weight_quantizer.spec
-        return Quantized(
-            self.layer,
-            self.channel_axes,
-            self.batch_norm,
-            self.input_scaling,
-            spec.bits,
-            spec.per_channel,
-            name=self.name,
-        )
-
     def build(self, input_shape, *_):
         if not self.layer.built:
             self.layer.build(input_shape)

@@ -15,14 +15,14 @@ RANGES = "ranges"
 
 @dataclasses.dataclass(frozen=True)
 class WeightedLayer:
-    """A layer with trainable variables of its own.
+    """A layer with variables of its own that training can change.
 
     Args:
         path: Names of the layers around it and its own, with slashes. Trained ranges of quantizers stand under
             "ranges/".
         layer: The layer; in a QAT model the one inside of `Quantized`.
         around: The layers it is part of, outermost first.
-        variables: Its own, without those of layers inside of it.
+        variables: Its own, without those of layers inside of it; also where they are frozen.
     """
 
     path: str
@@ -31,19 +31,24 @@ class WeightedLayer:
     variables: tuple[keras.Variable, ...]
 
     @property
+    def trained(self) -> tuple[keras.Variable, ...]:
+        """Those of the variables that are not frozen."""
+        return tuple(variable for variable in self.variables if self.layer.trainable and variable.trainable)
+
+    @property
     def is_range(self) -> bool:
         return self.path.startswith(RANGES + "/") and isinstance((self.around or (None,))[-1], (FakeQuant, Quantized))
 
 
 def weighted_layers(model: keras.Model) -> list[WeightedLayer]:
-    """Every layer of a built model that holds trainable variables, once, under the first path that leads to it."""
+    """Every layer of a built model that holds such variables, once, under the first path that leads to it."""
     found, seen, dotted = [], set(), is_qat(model)
 
     def visit(layer, path, around):
         if id(layer) in seen:
             return
         seen.add(id(layer))
-        if layer.trainable and layer._trainable_variables:
+        if layer._trainable_variables:
             found.append(WeightedLayer(path, layer, around, tuple(layer._trainable_variables)))
         for child in layer._flatten_layers(include_self=False, recursive=False):
             visit(child, _path_of(child, layer, path if around else "", dotted), (*around, layer))

@@ -81,16 +81,15 @@ class GradientClipping(StepCallback):
         clip, rules = self._resolved()
         layers = weighted_layers(self.model)
         chosen = first_matches([rule for rule, _ in rules], layers)
-        members: dict[tuple, list[WeightedLayer]] = {}
+        policies = {"": clip, RANGES: clip, **{_label(rule): policy for rule, policy in reversed(rules)}}
+        members: dict[str, list[WeightedLayer]] = {}
         for layer, rule in zip(layers, chosen, strict=True):
-            if rule is None:
-                key = (RANGES if layer.is_range else "", clip)
-            else:
-                key = (_label(rule), next(policy for each, policy in rules if each is rule))
-            members.setdefault(key, []).append(layer)
-        known = {group.identity: group for group in self._groups}
-        new = [_Group(label, policy, layers) for (label, policy), layers in members.items() if policy is not None]
-        self._groups = [known.get(group.identity) or group.with_state() for group in new]
+            label = _label(rule) if rule is not None else RANGES if layer.is_range else ""
+            if layer.trained and policies[label] is not None:
+                members.setdefault(label, []).append(layer)
+        before, self._groups = self._groups, [_Group(label, policies[label], each) for label, each in members.items()]
+        for group in self._groups:
+            group.take_state(next((other for other in before if other.identity == group.identity), None))
         self._sums = _variable(np.zeros((len(self._groups), _SUMS), "float32"))
         self._skipped = _variable(np.int32(0))
         self._totals = {group.label: np.zeros(_SUMS) for group in self._groups}
@@ -159,14 +158,13 @@ class _Group:
 
     def __init__(self, label: str, policy: Policy, layers: list[WeightedLayer]):
         self.label, self.policy = label, policy
-        self.variables = [list(layer.variables) for layer in layers]
-        self.channel_axes = [[layout_of(layer.layer, v).channels for v in layer.variables] for layer in layers]
-        self.identity = (label, policy, tuple(id(v) for v in tree.flatten(self.variables)))
-        self.state = ()
+        self.variables = [list(layer.trained) for layer in layers]
+        self.channel_axes = [[layout_of(layer.layer, v).channels for v in layer.trained] for layer in layers]
+        self.identity = (label, policy, [id(v) for v in tree.flatten(self.variables)])
 
-    def with_state(self) -> "_Group":
-        self.state = tree.map_structure(_variable, self.policy.init(self._weights()))
-        return self
+    def take_state(self, other: "_Group | None") -> None:
+        """Goes on where the same group was in the last fit, or starts anew."""
+        self.state = other.state if other else tree.map_structure(_variable, self.policy.init(self._weights()))
 
     def _weights(self):
         return tree.map_structure_up_to(

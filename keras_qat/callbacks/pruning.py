@@ -180,15 +180,11 @@ class Pruning(StepCallback):
 
     def _advance(self, strategy) -> None:
         step = ops.cast(self.model.optimizer.iterations, "int64") - self._origin
-        ops.cond(step > self._latest.value, lambda: self._choose(step), lambda: None)
-        for masks in self._masks:
-            masks.enforce(strategy)
-
-    def _choose(self, step) -> None:
-        """Not where the optimizer only accumulated, or left the step out."""
-        for masks in self._masks:
-            masks.advance(step)
+        moved_on = step > self._latest.value  # it did not if the optimizer only accumulated, or left the step out
         self._latest.assign(step)
+        for masks in self._masks:
+            masks.advance(step, moved_on)
+            masks.enforce(strategy)
 
     def _enforce(self) -> None:
         strategy = self.model.distribute_strategy

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 from keras import tree
 
-from keras_qat.graph.walk import Copies, fresh_inputs, nodes_of, producers_of, rebuild
+from keras_qat.graph.walk import Reused, fresh_inputs, nodes_of, producers_of, rebuild
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.primitives import Clamp, Constant, Pointwise
@@ -237,7 +237,7 @@ class _Annotator:
     def __init__(self, decided: Plan):
         self.plan = decided
         self.fake_quants = _fake_quants(decided.groups)
-        self.copies, self.wrappers = Copies(with_weights=True), {}
+        self.reused = Reused()
         self.scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid
         self.seconds: dict[int, object] = {}  # id of an old tensor → its value on the grid of its second site
         self.products: dict[int, dict] = {}  # group → what its tensor is a product of
@@ -261,18 +261,13 @@ class _Annotator:
         if isinstance(node.operation, Clamp) and id(node) not in self.plan.fused:
             result = Rescale(name=node.operation.name)(args[0], scales[0], self._scale_at(site, args[0]))
         elif isinstance(node.operation, GridLayer):
-            result = self._layer(node.operation)(args[0], scales[0], self._scale_at(site, args[0]), **kwargs)
+            result = self.reused[node.operation](args[0], scales[0], self._scale_at(site, args[0]), **kwargs)
         else:
-            result = self.copies[node.operation](*args, **kwargs)
+            result = self.reused[node.operation](*args, **kwargs)
         self.scale_of[id(result)] = next(iter(scales), None)
         if isinstance(node.operation, (Constant, Pointwise)):
             self.given.add(id(result))
         return self._behind(node.outputs[0], result)
-
-    def _layer(self, operation):
-        if not isinstance(operation, Quantized):
-            return self.copies[operation]
-        return self.wrappers.setdefault(id(operation), operation.rewrapped())
 
     def _scale_at(self, site: Site, x):
         """The scale of a site's grid, before its tensor is there."""

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_qat.graph.walk import Copies, calls_of, key_of, nodes_of, path_of, producers_of, readers_of, rewrite
+from keras_qat.graph.walk import Reused, calls_of, key_of, nodes_of, path_of, producers_of, readers_of, rewrite
 from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.primitives import InFloat
@@ -25,7 +25,7 @@ def fuse(model: keras.Model, rules: Rules) -> keras.Model:
 
 def _merge_scalings(model):
     """`(x · a + b) · c + d` → one layer, where nothing else reads the middle."""
-    readers, producers, calls, copies = readers_of(model), producers_of(model), calls_of(model), Copies()
+    readers, producers, calls, reused = readers_of(model), producers_of(model), calls_of(model), Reused()
 
     def is_scaling(node):
         if node is None or key_of(node.operation) != "ChannelScale" or node.operation.learns:
@@ -39,9 +39,12 @@ def _merge_scalings(model):
 
     numbers = {}  # node id → multiplier and offset of the whole chain up to it
 
+    if not any(is_scaling(node) and goes_on(node) for node in nodes_of(model)):
+        return model
+
     def visit(node, args, kwargs):
         if not is_scaling(node):
-            return copies[node.operation](*args, **kwargs)
+            return reused[node.operation](*args, **kwargs)
         layer, before = node.operation, producers.get(id(node.input_tensors[0]))
         multiplier, offset = layer.factors, layer.offsets
         if is_scaling(before) and goes_on(before):
@@ -64,7 +67,7 @@ def _take_over_input_scaling(model, rules):
     Returns:
         The model, and layer id → (multiplier, offset) taken over.
     """
-    readers, producers, calls, copies = readers_of(model), producers_of(model), calls_of(model), Copies()
+    readers, producers, calls, reused = readers_of(model), producers_of(model), calls_of(model), Reused()
     vanishing, taken = set(), {}
     for node in nodes_of(model):
         scalars = node.operation.scalars if key_of(node.operation) == "ChannelScale" else None
@@ -75,13 +78,16 @@ def _take_over_input_scaling(model, rules):
             vanishing.add(id(node))
             taken.update({id(target.operation): scalars for target in targets})
 
+    if not vanishing:
+        return model, {}
+
     def visit(node, args, kwargs):
         if id(node) in vanishing:
             return args[0]
         multiplier, offset = taken.get(id(node.operation), (1.0, 0.0))
         if offset != 0 and getattr(node.operation, "padding", "valid") != "valid":
             args = (_padded_like(node.operation, args[0], -offset / multiplier), *args[1:])
-        return copies[node.operation](*args, **kwargs)
+        return reused[node.operation](*args, **kwargs)
 
     return rewrite(model, visit), taken
 
@@ -132,7 +138,7 @@ def _padded_like(layer, x, value: float):
 def _wrap_weights(model, rules, input_scalings):
     norm_of = _foldable_batch_norms(model, rules)
     folded = {id(norm_node.operation) for norm_node in norm_of.values()}
-    copies, wrapped = Copies(), {}
+    reused, wrapped = Reused(), {}
 
     def visit(node, args, kwargs):
         operation = node.operation
@@ -140,12 +146,12 @@ def _wrap_weights(model, rules, input_scalings):
             return args[0]
         if _in_float(node, rules):
             if id(operation) not in wrapped:
-                wrapped[id(operation)] = InFloat(copies[operation], name=operation.name)
+                wrapped[id(operation)] = InFloat(reused[operation], name=operation.name)
             return wrapped[id(operation)](*args, **kwargs)
         if key_of(operation) == "ChannelScale" and operation.is_one_number and operation.scalars[1] == 0:
             return Rescale(operation.scalars[0], name=operation.name)(args[0])
         if not _has_weights(operation):
-            return copies[operation](*args, **kwargs)
+            return reused[operation](*args, **kwargs)
         norm_node = norm_of.get(id(operation))
         if id(operation) not in wrapped:
             norm = norm_node and norm_node.operation

@@ -6,7 +6,7 @@ GATHER. TFLite has single ops that look up too, for a few functions.
 
 import keras
 
-from keras_qat.graph.walk import Copies, fresh_inputs, key_of, nodes_of, readers_of, rebuild
+from keras_qat.graph.walk import Reused, clone, fresh_inputs, key_of, nodes_of, readers_of, rebuild
 from keras_qat.primitives import Pointwise
 
 # Functions that LiteRT looks up in one op. TensorFlow Lite Micro has ABS and RSQRT only.
@@ -54,8 +54,10 @@ def needs_lookup(operation) -> bool:
 
 def merge_lookups(model: keras.Model) -> keras.Model:
     """Chains of pointwise operations that TFLite lacks become `Pointwise` layers; what it has stays where it is shorter."""
-    chains = _chains(model)
-    copies, inputs, new = Copies(), fresh_inputs(model, _dtypes(model)), {}
+    chains, dtypes = _chains(model), _dtypes(model)
+    if not (chains or dtypes or any(key_of(node.operation) == "Constant" for node in nodes_of(model))):
+        return model
+    reused, inputs, new = Reused(), fresh_inputs(model, dtypes), {}
     new.update(zip(map(id, model.inputs), keras.tree.flatten(inputs), strict=True))
 
     def visit(node, args, kwargs):
@@ -68,7 +70,7 @@ def merge_lookups(model: keras.Model) -> keras.Model:
                 keras.tree.flatten(inputs)[0]
             )  # its argument means nothing and shall hinder nothing
         else:
-            result = copies[node.operation](*args, **kwargs)
+            result = reused[node.operation](*args, **kwargs)
         new.update(zip(map(id, node.outputs), keras.tree.flatten(result), strict=True))
         return result
 
@@ -143,7 +145,7 @@ def _cost(node) -> int:
 
 def _on_numbers(operation):
     if key_of(operation) != "ChannelScale":
-        return Copies()[operation]
+        return clone(operation)
     multiplier, offset = operation.scalars
     return lambda x: x * multiplier + offset
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from keras_qat.compounds import Mask, Probabilities, Scores
-from keras_qat.graph.walk import Copies, key_of, nodes_of, producers_of, readers_of, rewrite
+from keras_qat.graph.walk import Reused, key_of, nodes_of, producers_of, readers_of, rewrite
 from keras_qat.layers import Rescale
 from keras_qat.operations import row_of
 
@@ -18,7 +18,7 @@ def refine_probabilities(model, stays_in_float: Callable = lambda node: False):
     SOFTMAX's own steps of 1/256 are too coarse for weights of a sum. At the model's output they stay; only a mask has
     `Scores` in front of it everywhere.
     """
-    graph, copies = _Graph(producers_of(model), readers_of(model)), Copies()
+    graph, reused = _Graph(producers_of(model), readers_of(model)), Reused()
     softmaxes = [node for node in nodes_of(model) if key_of(node.operation) == "ops.Softmax"]
     found = [_attention(node, graph) for node in softmaxes if not stays_in_float(node)]
     attentions = [attention for attention in found if attention is not None]
@@ -33,7 +33,7 @@ def refine_probabilities(model, stays_in_float: Callable = lambda node: False):
             return args[0]
         if id(node) in weights:
             return Probabilities(weights[id(node)], name=node.operation.name)(args[0])
-        return copies[node.operation](*args, **kwargs)
+        return reused[node.operation](*args, **kwargs)
 
     return rewrite(model, visit)
 

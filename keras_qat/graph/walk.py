@@ -108,25 +108,19 @@ def calls_of(model) -> collections.Counter:
     return collections.Counter(id(node.operation) for node in nodes_of(model))
 
 
-class Copies:
-    """What a rewrite calls in place of the old operations: a fresh copy of each, one for all of its calls.
+class Reused:
+    """What a rewrite calls in place of the old operations: the same ones, what they were called on before forgotten.
 
-    Copies matter because an operation called in several graphs would answer `layer.output` from the first of them.
-    Layers with weights are used as they are, unless `with_weights`: most end up inside of a `Quantized`, which is called
-    just once.
+    (An operation called in several graphs would answer `layer.output` from the first of them.) The old model can still be
+    read node by node.
     """
 
-    def __init__(self, with_weights: bool = False):
-        self._copies, self._with_weights = {}, with_weights
+    def __init__(self):
+        self._known = set()
 
     def __getitem__(self, operation):
-        has_weights = isinstance(operation, keras.Layer) and operation.weights and not _only_seeds(operation)
-        if has_weights and not self._with_weights:
-            return operation
-        if id(operation) not in self._copies:
-            self._copies[id(operation)] = (operation, clone(operation))
-        return self._copies[id(operation)][1]
-
-
-def _only_seeds(layer) -> bool:
-    return not layer.trainable_weights and all("seed" in weight.path for weight in layer.weights)
+        if id(operation) not in self._known:
+            self._known.add(id(operation))
+            del operation._inbound_nodes[:]
+            del operation._outbound_nodes[:]
+        return operation

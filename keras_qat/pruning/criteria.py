@@ -12,7 +12,7 @@ def magnitude(weight):
 
 
 def taylor(gradient, weight):
-    """`|g · w|`, summed over the steps since the last choice: by how much the loss would change without the weight.
+    """`|g · w|`, summed over the steps since the last choice: about how much the loss would change without the weight.
 
     Paper: Molchanov et al., "Importance Estimation for Neural Network Pruning" (2019).
     """
@@ -20,7 +20,7 @@ def taylor(gradient, weight):
 
 
 def movement(gradient, weight):
-    """`-g · w`, summed over the steps since the last choice: whether training moves the weight away from zero.
+    """`-g · w`, summed over all steps: whether training moves the weight away from zero.
 
     Paper: Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning" (2020).
     """
@@ -33,16 +33,18 @@ class Criterion:
 
     Args:
         of_weight: `weight -> scores`, where weights are all it takes.
-        of_step: `(gradient, weight) -> scores`, summed up from step to step. Weights that are pruned already score 0.
+        of_step: `(gradient, weight) -> scores`, summed up from step to step.
+        forgets: Whether the sum starts anew whenever masks are chosen.
     """
 
     of_weight: Callable | None = None
     of_step: Callable | None = None
+    forgets: bool = False
 
 
 CRITERIA = {
     "magnitude": Criterion(of_weight=magnitude),
-    "taylor": Criterion(of_step=taylor),
+    "taylor": Criterion(of_step=taylor, forgets=True),
     "movement": Criterion(of_step=movement),
 }
 

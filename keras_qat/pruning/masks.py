@@ -52,25 +52,35 @@ class Masks:
                 gradient, weight = (ops.cast(tf.convert_to_tensor(x), "float32") for x in (gradient, target.variable))
                 score.assign_add(self.criterion.of_step(gradient, weight))
 
-    def advance(self, step) -> None:
+    def advance(self, step, moved_on) -> None:
         """Chooses anew if it is time to."""
-        due = ops.logical_or(self.schedule.due(step), self._pending.value)
+        due = ops.logical_and(moved_on, ops.logical_or(self.schedule.due(step), self._pending.value))
         ops.cond(due, lambda: self.choose(self.schedule(step)), lambda: None)
 
     def choose(self, sparsity) -> None:
-        """Keeps the best of the weights as they are now, those removed before included: they may come back."""
-        scores = [ops.convert_to_tensor(score) for score in self._scores] or [
-            self.criterion.of_weight(ops.cast(target.variable, "float32")) for target in self.targets
-        ]
+        """Keeps the best of the weights as the optimizer has left them.
+
+        By magnitude a removed weight comes back where the last update alone makes it larger than one that was kept.
+        """
+        weights = [ops.cast(target.variable, "float32") for target in self.targets]
+        scores = self._summed_scores(weights) if self._scores else list(map(self.criterion.of_weight, weights))
         if self.global_scope:
             self._assign(self._globally(scores, sparsity))
         else:
             self._assign(
                 [local_mask(self.pattern, s, sparsity, t.layout) for s, t in zip(scores, self.targets, strict=True)]
             )
-        for score in self._scores:
+        for score in self._scores if self.criterion.forgets else ():
             score.assign(ops.zeros_like(score))
         self._pending.assign(False)
+
+    def _summed_scores(self, weights) -> list:
+        """The sums of steps; for removed weights, of which they say nothing, less than any other and by the last update."""
+        lowest = ops.min(ops.stack([ops.min(score.value) for score in self._scores]))
+        return [
+            ops.where(mask.value, score.value, lowest - 1.0 - 1.0 / (1.0 + ops.abs(weight)))
+            for mask, score, weight in zip(self._masks, self._scores, weights, strict=True)
+        ]
 
     def _globally(self, scores, sparsity) -> list:
         rows = [self.pattern.unit_scores(s, t.layout) for s, t in zip(scores, self.targets, strict=True)]

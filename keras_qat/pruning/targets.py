@@ -120,7 +120,7 @@ def find_targets(model: keras.Model, default: Policy, rules: Sequence[tuple[Rule
     if not targets:
         raise ValueError(
             f"Model {model.name!r} has no layer to prune: norms, biases, depthwise kernels and the last layer are left "
-            "alone unless a rule names them, and layers that are not trainable always. The layers with weights are: "
+            "alone unless a rule names them, and frozen layers always. The layers with weights are: "
             f"{', '.join(layer.path for layer in layers)}"
         )
     return targets
@@ -148,11 +148,11 @@ def _names(pattern, item, variable) -> bool:
 
 def _variables_of(item: WeightedLayer, rule, named) -> list[keras.Variable]:
     if named:
-        return [variable for variable in item.variables if _names(rule.pattern, item, variable)]
+        return [variable for variable in item.trained if _names(rule.pattern, item, variable)]
     if rule is None:
-        return [v for v in item.variables if _is_kernel(v) and not is_depthwise(item.layer, v)]
-    matrices = [v for v in item.variables if len(v.shape) >= 2 and "bias" not in v.name]
-    return matrices or list(item.variables)
+        return [v for v in item.trained if _is_kernel(v) and not is_depthwise(item.layer, v)]
+    matrices = [v for v in item.trained if len(v.shape) >= 2 and "bias" not in v.name]
+    return matrices or list(item.trained)
 
 
 def _is_kernel(variable) -> bool:

@@ -393,6 +393,21 @@ def test_criteria_follow_their_formulas(criterion, mode):
     np.testing.assert_allclose(model.get_weights()[0], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "movement"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_by_gradients_what_is_gone_stays_gone(criterion, scope):
+    seen = []
+
+    class Masks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(np.concatenate([np.ravel(self.model.get_layer(n).kernel) != 0 for n in ("conv", "dense")]))
+
+    schedule = schedules.Polynomial(0.0, 0.8, 0, 12, frequency=2)
+    train(tiny(), [Pruning(schedule, criterion=criterion, scope=scope), Masks()], optimizer=optimizers.Adam(0.05))
+    assert all(np.all(before[after]) for before, after in zip(seen, seen[1:], strict=False))
+    assert seen[0].all() and seen[-1].mean() == pytest.approx(0.2, abs=0.01)
+
+
 def test_gradient_criteria_at_step_0_wait_for_the_first_gradient():
     watch = Watch("dense")
     train(tiny(), [Pruning(schedules.OneShot(0.5), criterion="taylor"), watch], epochs=1)

@@ -597,6 +597,9 @@ class ForeignType:
 
     name = "uint8"
 
+    def __repr__(self):
+        return "foreign"
+
 
 @pytest.mark.parametrize("dtype", ["uint8", tf.uint8, np.uint8, np.dtype("uint8"), ForeignType()], ids=str)
 def test_rim_types_may_be_objects(dtype, calibrated, target):

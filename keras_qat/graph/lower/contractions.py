@@ -1,5 +1,6 @@
 """Einsum and its kin: every contraction of two tensors is a matmul, of a tensor with weights a Dense, between moves of axes."""
 
+import dataclasses
 import math
 import string
 
@@ -59,31 +60,56 @@ def _einsum(operation, args, kwargs):
     return contract and (lambda *operands: contract(operands[at]))
 
 
-def _contraction(first: str, second: str, result: str):
-    """Two tensors: the axes in both and in the result lead, those that are only in both are summed up by a matmul.
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """What the axes of a contraction are to a matmul.
 
-    The second tensor may do without the batch axis; it has 1 there then.
+    Args:
+        leading: In both operands and the result; the batch first.
+        rows: In the first operand and the result.
+        inner: In both operands only: what is summed over.
+        columns: In the second operand and the result.
     """
+
+    leading: list[str]
+    rows: list[str]
+    inner: list[str]
+    columns: list[str]
+
+    def multiplied(self, x, labels: str, matrices, sizes: dict, result: str):
+        """`x` times matrices of shape (batch, leading, inner, columns), its axes where the result wants them."""
+        *middle, depth, _ = self.matrix_shape(sizes)
+        x = _permuted(x, labels, [*self.leading, *self.rows, *self.inner])
+        x = reshaped(x, (-1, *middle, _count(sizes, self.rows), depth))
+        made = [*self.leading, *self.rows, *self.columns]
+        product = reshaped(ops.matmul(x, matrices), (-1, *[sizes[c] for c in made[1:]]))
+        return _permuted(product, made, result)
+
+    def matrix_shape(self, sizes: dict) -> list[int]:
+        """Of the second operand, without its batch axis."""
+        middle = [_count(sizes, self.leading[1:])] if len(self.leading) > 1 else []
+        return [*middle, _count(sizes, self.inner), _count(sizes, self.columns)]
+
+
+def _axes(first: str, second: str, result: str) -> _Axes:
     leading = [c for c in result if c in first and (c in second or c == result[0])]
     rows, columns = ([c for c in result if c in one and c not in leading] for one in (first, second))
-    if rows and columns and second[0] == first[0] and result.index(columns[0]) < result.index(rows[0]):
+    return _Axes(leading, rows, [c for c in first if c in second and c not in result], columns)
+
+
+def _contraction(first: str, second: str, result: str):
+    """Of two tensors: a matmul."""
+    axes = _axes(first, second, result)
+    if axes.rows and axes.columns and result.index(axes.columns[0]) < result.index(axes.rows[0]):
         swapped = _contraction(second, first, result)
         return lambda x, y: swapped(y, x)
-    inner = [c for c in first if c in second and c not in result]
 
     def contract(x, y):
         x, x_labels = _summed(x, first, second + result)
         y, y_labels = _summed(y, second, first + result)
-        sizes = {**dict(zip(y_labels, y.shape, strict=True)), **dict(zip(x_labels, x.shape, strict=True))}
-        middle = [_count(sizes, leading[1:])] if len(leading) > 1 else []
-        x = _permuted(x, x_labels, [*leading, *rows, *inner])
-        x = reshaped(x, (-1, *middle, _count(sizes, rows), _count(sizes, inner)))
-        has_batch = result[0] in y_labels
-        y = _permuted(y, y_labels, [*leading[0 if has_batch else 1 :], *inner, *columns])
-        y = reshaped(y, (-1 if has_batch else 1, *middle, _count(sizes, inner), _count(sizes, columns)))
-        made = [*leading, *rows, *columns]
-        product = reshaped(ops.matmul(x, y), (-1, *[sizes[c] for c in made[1:]]))
-        return _permuted(product, made, result)
+        sizes = dict(zip(x_labels + y_labels, (*x.shape, *y.shape), strict=True))
+        y = _permuted(y, y_labels, [*axes.leading, *axes.inner, *axes.columns])
+        return axes.multiplied(x, x_labels, reshaped(y, (-1, *axes.matrix_shape(sizes))), sizes, result)
 
     return contract
 
@@ -91,7 +117,7 @@ def _contraction(first: str, second: str, result: str):
 def _contraction_with_weights(
     labels: str, kernel_labels: str, result: str, kernel, learned, name, bias=None, **options
 ):
-    """A tensor and weights: a Dense, or where the weights differ along an axis of the tensor a matmul with a constant.
+    """Of a tensor and weights: a Dense, or where the weights differ along an axis of the tensor a matmul with a constant.
 
     Args:
         bias: For each axis of the weights that the tensor does not have, flat.
@@ -99,27 +125,29 @@ def _contraction_with_weights(
     """
     if labels[0] in kernel_labels:
         return None
-    kernel = np.asarray(kernel, "float32")
-    if any(c in labels and c in result for c in kernel_labels):
-        constant, contract = Constant(kernel, trainable=learned, name=name), _contraction(labels, kernel_labels, result)
-        return lambda x: contract(x, constant(x))
     alone = tuple(n for n, c in enumerate(kernel_labels) if c not in labels and c not in result)
-    kernel, kernel_labels = np.sum(kernel, axis=alone), "".join(c for c in kernel_labels if c in labels + result)
-    inner = [c for c in labels if c in kernel_labels]
-    rows = [c for c in result if c not in kernel_labels]
-    columns = [c for c in result if c in kernel_labels]
-    sizes = dict(zip(kernel_labels, kernel.shape, strict=True))
-    count = _count(sizes, inner)
-    matrix = np.transpose(kernel, [kernel_labels.index(c) for c in [*inner, *columns]]).reshape(count, -1)
-    dense = dense_of(matrix, bias, trainable=learned, name=name, **options)
+    kernel, kernel_labels = np.sum(np.asarray(kernel, "float32"), axis=alone), _needed(kernel_labels, labels + result)
+    axes = _axes(_needed(labels, kernel_labels + result), kernel_labels, result)
+    kernel_sizes = dict(zip(kernel_labels, kernel.shape, strict=True))
+    order = [kernel_labels.index(c) for c in [*axes.leading[1:], *axes.inner, *axes.columns]]
+    matrices = np.transpose(kernel, order).reshape(1, *axes.matrix_shape(kernel_sizes))
+    differ = len(axes.leading) > 1
+    if differ:
+        weights = Constant(matrices, trainable=learned, name=name)
+    else:
+        weights = dense_of(matrices[0], bias, trainable=learned, name=name, **options)
 
     def contract(x):
         x, left = _summed(x, labels, kernel_labels + result)
-        here = dict(zip(left, x.shape, strict=True)) | sizes
-        kept = [here[c] for c in rows[1:]]
-        y = dense(reshaped(_permuted(x, left, [*rows, *inner]), (-1, *kept, count)))
-        made = [*rows, *columns]
-        return _permuted(reshaped(y, (-1, *[here[c] for c in made[1:]])), made, result)
+        sizes = dict(zip(left, x.shape, strict=True)) | kernel_sizes
+        if differ:
+            return axes.multiplied(x, left, weights(x), sizes, result)
+        x = _permuted(x, left, [*axes.leading, *axes.rows, *axes.inner])
+        kept = [sizes[c] for c in axes.rows]
+        y = reshaped(
+            weights(reshaped(x, (-1, *kept, _count(sizes, axes.inner)))), (-1, *kept, *[sizes[c] for c in axes.columns])
+        )
+        return _permuted(y, [*axes.leading, *axes.rows, *axes.columns], result)
 
     return contract
 
@@ -131,7 +159,11 @@ def _count(sizes: dict, labels) -> int:
 def _summed(x, labels: str, needed: str):
     """`x` summed over the axes that nothing else needs, and the labels that are left."""
     axes = tuple(n for n, c in enumerate(labels) if c not in needed)
-    return (ops.sum(x, axis=axes) if axes else x), "".join(c for c in labels if c in needed)
+    return (ops.sum(x, axis=axes) if axes else x), _needed(labels, needed)
+
+
+def _needed(labels: str, needed: str) -> str:
+    return "".join(c for c in labels if c in needed)
 
 
 def _permuted(x, labels, wanted):
