@@ -54,6 +54,7 @@ def export(
     input_type="int8",
     output_type="int8",
     dynamic_batch: bool = False,
+    portable: bool = False,
     runtimes: tuple[str, ...] = ("litert", "xnnpack", "tflm"),
 ) -> ExportReport:
     """Writes a QAT model as a `.tflite`, if and only if the runtimes agree with it.
@@ -66,6 +67,7 @@ def export(
         input_type, output_type: "int8", "uint8" or "float32" at the rim of the file; or such a type of NumPy or
             TensorFlow.
         dynamic_batch: The file takes any batch size instead of 1.
+        portable: Only ops that TensorFlow Lite Micro has too (see `kq.freeze`).
         runtimes: Which to verify on.
 
     Returns:
@@ -76,7 +78,7 @@ def export(
     """
     path = _path(path)
     types = _type_name("input_type", input_type), _type_name("output_type", output_type)
-    content = tflite_export.write(freeze(qat, *types, dynamic_batch))
+    content = tflite_export.write(freeze(qat, *types, dynamic_batch, portable))
     samples = _random_inputs(qat) if verify_with is None else input_values(qat, _samples(verify_with))
     parity = tflite_export.verify(content, lambda x: qat.predict(as_called(qat, x), verbose=0), samples, runtimes)
     if not parity.passed:

@@ -4,6 +4,8 @@ Everything here is a pure function. The functions on tensors work in float32 exa
 that the integers `freeze` writes are those that training saw.
 """
 
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -185,7 +187,7 @@ def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1
 
 def kernel_divisor(wanted, fewest: float, move: str, count: int = 1):
     """The even number D next to `wanted` with which all kernels round alike (see `snap_to_kernels`)."""
-    wanted = ops.clip(wanted, fewest, MOST_STEPS)
+    wanted = ops.clip(wanted, max(fewest, _smallest_divisor(count)), MOST_STEPS)
     even = 2.0 * ops.floor(0.5 * wanted)
     power = _next_power_of_two(even)
     below = ops.minimum(even, _highest_below(power))
@@ -213,6 +215,15 @@ def has_divisors(count: int) -> bool:
 def _share_of_octave(count: int) -> float:
     """Where in the octave below a power of two (0.5 to 1) a divisor may begin."""
     return count / 2.0 ** count.bit_length()
+
+
+def _smallest_divisor(count: int) -> float:
+    """The smallest D of all: the further a count is above a power of two, the more of the small octaves have none."""
+    share = _share_of_octave(count)
+    if share == 0.5:
+        return FEWEST_STEPS
+    octaves = (2.0**exponent for exponent in range(3, 14))
+    return next(low for p in octaves if (low := 2.0 * math.ceil(0.51 * share * p)) <= 2.0 * math.floor(0.475 * p))
 
 
 def _next_power_of_two(x):

@@ -19,6 +19,7 @@ from keras_qat.graph.trace import original, trace
 from keras_qat.graph.walk import input_names, key_of, nodes_of
 from keras_qat.layers import is_qat
 from keras_qat.operations import row_of
+from keras_qat.primitives import Pointwise
 from keras_qat.spec import Rule, Rules, Scheme, resolve_scheme
 from tflite_export.program import unique_name
 from tflite_export.table import table
@@ -268,6 +269,9 @@ def _with_folded(rows: list[Row], traced, model) -> list[Row]:
 def _row(node, prepared: _Prepared) -> Row:
     decided, row = prepared.plan, row_of_node(node)
     operation = getattr(node.operation, "layer", node.operation)
+    if decided.kinds[id(node)] == "float":
+        inner = node.operation.operation
+        return Row(_path(node.operation), type(inner).__name__, f"{row_of(inner).op}, float", "float", "", "")
     site = decided.sites.get(id(node.outputs[0]))
     if decided.kinds[id(node)] == "train":
         range_kind = "training only"
@@ -282,5 +286,7 @@ def _row(node, prepared: _Prepared) -> Row:
     shared = site is not None and len(decided.groups[site.group]) > 1
     folded = " + BatchNormalization" if getattr(node.operation, "batch_norm", None) is not None else ""
     name = type(operation).__name__
+    if isinstance(operation, Pointwise):
+        name = ", ".join(type(inner.operation).__name__ for inner in nodes_of(operation.function))
     keras_name = "BatchNormalization" if name == "ChannelScale" and folded else name + folded
     return Row(_path(node.operation), keras_name, row.op, range_kind, bits, str(site.group) if shared else "")

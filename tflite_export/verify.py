@@ -216,8 +216,7 @@ def _verify_on(name: str, content: bytes, arrays: list, summary: Summary, expect
         parity.arena_bytes = result.arena_bytes
         if any(port.tensor.has_dynamic_batch for port in summary.inputs):
             parity.skipped.append("tflm: the file has a dynamic batch; TFLM ran it at batch 1")
-    for port, reference, values in zip(summary.outputs, expected, result.outputs):
-        grid = _output_grid(port, summary)
+    for port, (reference, grid), values in zip(summary.outputs, expected, result.outputs):
         integers = grid.quantize(values) if port.tensor.is_float else values
         parity.results.append(_compare_output(name, port.name, reference, integers))
 
@@ -271,13 +270,13 @@ def _refuse_nan(array: np.ndarray, what: str) -> None:
         raise ValueError(f"{what} contains NaN. Expected real numbers. Received: {count} NaN of {array.size} elements")
 
 
-def _expected_outputs(reference: Any, inputs: Any, summary: Summary, samples: int) -> list[np.ndarray]:
-    """The reference's outputs as integers of the file."""
+def _expected_outputs(reference: Any, inputs: Any, summary: Summary, samples: int) -> list[tuple[np.ndarray, Tensor]]:
+    """The reference's outputs as integers of the file, and their grids."""
     outputs = _by_port(_reference_outputs(reference, inputs), summary.outputs, "outputs")
     return [_expected_output(values, port, summary, samples) for values, port in zip(outputs, summary.outputs)]
 
 
-def _expected_output(values: Any, port: Port, summary: Summary, samples: int) -> np.ndarray:
+def _expected_output(values: Any, port: Port, summary: Summary, samples: int) -> tuple[np.ndarray, Tensor]:
     array = np.asarray(values)
     if array.ndim == 0 or len(array) != samples:
         raise ValueError(
@@ -285,7 +284,8 @@ def _expected_output(values: Any, port: Port, summary: Summary, samples: int) ->
             f"first axis. Received: {array.shape}"
         )
     _refuse_nan(array, f"The reference's output {port.name!r}")
-    return _output_grid(port, summary).quantize(array)
+    grid = _output_grid(port, summary, array)
+    return grid.quantize(array), grid
 
 
 def _reference_outputs(reference: Any, inputs: Any) -> Any:
@@ -300,8 +300,11 @@ def grid_of(tensor: TensorSummary) -> Tensor:
     return Tensor(tensor.name, tensor.shape, tensor.dtype, tensor.scale, zero_point)
 
 
-def _output_grid(port: Port, summary: Summary) -> Tensor:
-    """The integers of an output; for a float one, those in front of its DEQUANTIZE."""
+def _output_grid(port: Port, summary: Summary, reference: np.ndarray) -> Tensor:
+    """The integers of an output; for a float one, those in front of its DEQUANTIZE.
+
+    An output that is computed in float is compared in steps of 1/255 of the reference's range.
+    """
     tensor = port.tensor
     if not tensor.is_float:
         return grid_of(tensor)
@@ -309,10 +312,9 @@ def _output_grid(port: Port, summary: Summary) -> Tensor:
     sources = [op.inputs[0] for op in ops if op.kind == "DEQUANTIZE"]
     inner = [inner for inner in summary.tensors if inner.subgraph == tensor.subgraph and inner.name in sources]
     if not inner:
-        raise ValueError(
-            f"Output {port.name!r} is {tensor.dtype} and no DEQUANTIZE writes it, so it has no integers to compare. "
-            "Expected an integer output, or a float one behind a DEQUANTIZE. See tflite_export.inspect(file).reasons."
-        )
+        low, high = float(reference.min()), float(reference.max())
+        scale = max(high - low, 1e-6) / 255
+        return Tensor(tensor.name, tensor.shape, "int16", (scale,))
     return grid_of(inner[0])
 
 

@@ -113,7 +113,7 @@ class Masks:
 
 def _zero_where_masked(variable, mask) -> None:
     # Not a product: that would leave zeros of both signs behind, which compress badly.
-    variable.assign(tf.where(mask, variable, tf.zeros_like(variable)))
+    variable.assign(tf.where(mask, variable, tf.zeros((), variable.dtype)))
 
 
 def _variable(shape, dtype, initializer) -> keras.Variable:
