@@ -34,7 +34,7 @@ def unit_norm(values, channel_axes=(-1,)):
     """The norm of each output unit, shaped to multiply `values`; vectors and numbers are one unit."""
     rank = len(values.shape)
     units = {axis % rank for axis in channel_axes} if rank > 1 else set()
-    return ops.sqrt(ops.sum(ops.square(values), [axis for axis in range(rank) if axis not in units], keepdims=True))
+    return tf.math.reduce_euclidean_norm(values, [axis for axis in range(rank) if axis not in units], keepdims=True)
 
 
 def adaptive_factor(gradient, weight, factor, eps, channel_axes=(-1,)):
@@ -91,10 +91,6 @@ def _require_positive(policy, name) -> None:
         raise ValueError(f"{type(policy).__name__}.{name} is a number above 0. Received: {name}={value!r}")
 
 
-def _any(flags):
-    return ops.any(ops.stack([ops.any(flag) for flag in flags]))
-
-
 @dataclasses.dataclass(frozen=True)
 class ByValue(Policy):
     """Clips every single entry. Formula: `min(max(g, -limit), limit)`, as Keras's `clipvalue`."""
@@ -106,8 +102,8 @@ class ByValue(Policy):
 
     def update(self, gradients, weights, state):
         new = tree.map_structure(lambda g: ops.clip(g, -self.limit, self.limit), gradients)
-        clipped = _any([ops.max(ops.abs(g)) > self.limit for g in tree.flatten(gradients)])
-        return new, clipped, state
+        highest = ops.max(ops.stack([ops.max(ops.abs(g)) for g in tree.flatten(gradients)]))
+        return new, highest > self.limit, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +121,7 @@ class ByNorm(Policy):
     def update(self, gradients, weights, state):
         sizes = [norm(layer) for layer in gradients]
         new = [scale_to_norm(layer, size, self.max_norm) for layer, size in zip(gradients, sizes, strict=True)]
-        return new, _any([size > self.max_norm for size in sizes]), state
+        return new, ops.max(ops.stack(sizes)) > self.max_norm, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +164,7 @@ class Adaptive(Policy):
             for layer, layer_weights in zip(gradients, weights, strict=True)
         ]
         new = tree.map_structure(ops.multiply, gradients, factors)
-        return new, _any([factor < 1.0 for factor in tree.flatten(factors)]), state
+        return new, ops.min(ops.stack([ops.min(factor) for factor in tree.flatten(factors)])) < 1.0, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +283,7 @@ class Chain(Policy):
             gradients, clipped, own = policy.update(gradients, weights, own)
             flags.append(clipped)
             states.append(own)
-        return gradients, _any(flags), tuple(states)
+        return gradients, ops.any(ops.stack(flags)), tuple(states)
 
 
 def resolve(policy: Policy | Sequence[Policy] | None) -> Policy | None:

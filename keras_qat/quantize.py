@@ -13,7 +13,7 @@ from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.annotate import Plan, annotate, plan, row_of_node
 from keras_qat.graph.freeze import output_names
 from keras_qat.graph.fuse import fuse
-from keras_qat.graph.lookups import merge_lookups
+from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import original, trace
 from keras_qat.graph.walk import input_names, key_of, nodes_of
@@ -147,7 +147,7 @@ def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
     traced, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
     flat = merge_lookups(traced)
     names = _output_names_of(model, flat)
-    problems = list(dict.fromkeys(problems + _refusals(flat) + _bad_weights(flat)))
+    problems = list(dict.fromkeys(problems + _refusals(flat) + _not_in_float(flat, known) + _bad_weights(flat)))
     prepared = _Prepared(traced, flat, problems, names, known)
     if not problems:
         _free_names(flat, names)
@@ -195,6 +195,20 @@ def _refusals(flat) -> list[Problem]:
         answer = row.refuses(node) if row is not None and row.refuses is not None else None
         if answer is not None:
             found.append(Problem(_place(node.operation), type(node.operation).__name__, *answer))
+    return found
+
+
+def _not_in_float(flat, rules: Rules) -> list[Problem]:
+    """The look-ups that a rule leaves in float, though TFLite has no op for their function."""
+    found = []
+    for node in nodes_of(flat):
+        if not isinstance(node.operation, Pointwise) or rules.scheme_of(_path(node.operation)) is not None:
+            continue
+        names = [key_of(inner.operation) for inner in nodes_of(node.operation.function)]
+        if len(names) != 1 or names[0] not in FLOAT_OPS:
+            reason = f"TFLite has no float op for it ({', '.join(map(str, names))})."
+            way_out = "Leave it out of the rule: in int8 it is a look-up, which is exact."
+            found.append(Problem(_path(node.operation), "Pointwise", reason, way_out))
     return found
 
 

@@ -65,3 +65,10 @@ def test_a_rule_for_everything_is_refused():
 def test_without_rules_nothing_is_float():
     qat = kq.calibrate(kq.quantize(net()), _images())
     assert tflite_export.inspect(tflite_export.write(kq.freeze(qat))).is_full_int8
+
+
+def test_a_look_up_that_tflite_cannot_compute_in_float_is_refused():
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, layers.Dense(3)(layers.Activation("softplus", name="plus")(inputs)))
+    with pytest.raises(kq.UnsupportedModelError, match="'plus'.*no float op.*Leave it out of the rule"):
+        kq.quantize(model, rules=[kq.Rule("plus", None)])
