@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_qat import quantizers
+from keras_qat import callbacks, clipping, pruning, quantizers, schedules
 from keras_qat.calibrate import calibrate
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.export import ExportError, ExportReport, export
@@ -28,9 +28,13 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "calibrate",
+    "callbacks",
+    "clipping",
     "explain",
     "export",
     "freeze",
+    "pruning",
     "quantize",
     "quantizers",
+    "schedules",
 ]

@@ -34,7 +34,7 @@ def unit_norm(values, channel_axes=(-1,)):
     """The norm of each output unit, shaped to multiply `values`; vectors and numbers are one unit."""
     rank = len(values.shape)
     units = {axis % rank for axis in channel_axes} if rank > 1 else set()
-    return tf.math.reduce_euclidean_norm(values, [axis for axis in range(rank) if axis not in units], keepdims=True)
+    return ops.sqrt(ops.sum(ops.square(values), [axis for axis in range(rank) if axis not in units], keepdims=True))
 
 
 def adaptive_factor(gradient, weight, factor, eps, channel_axes=(-1,)):

@@ -9,6 +9,7 @@ To add an op, add a row here and a function to graph/emit.py that writes it. The
     fixed    TFLite prescribes the range
     clamp    relu and its like: fused into the op in front of it where that op can, one range behind it
     train    does something in training only, and is not in the file
+    tied     is not in the file either; all tensors that such a layer is called on share one range
     index    whole numbers that count something (the winner of an argmax), not values on a grid
     float    stays in float, because a rule says so
     constant a tensor that comes from no input, on a range of its own
@@ -323,6 +324,7 @@ OPERATIONS: dict[str, Row] = {
     # functions of single numbers
     "Pointwise": Row("look-up", "own", emit.pointwise),
     **{key: Row(SINGLE_OPS.get(key, "CAST + ADD + GATHER"), "look-up", refuses=_one_tensor) for key in sorted(LOOKUPS)},
+    "OneGrid": Row("-", "tied"),
     # training only, or refused
     "Masking": Row("-", "train", refuses=_masks),
     "Identity": _TRAINING_ONLY,

@@ -329,7 +329,7 @@ def resume(schedule: Schedule, iterations: int, sparsity: float, reached: Callab
         `iterations`, if that agrees with the sparsity. Else (the optimizer had trained before the pruning began) the
         step at which the schedule chose masks of nearly that sparsity.
     """
-    past = np.arange(iterations + 1)
+    past = np.arange((iterations if schedule.end is None else min(iterations, schedule.end)) + 1)
     chosen = past[np.asarray(schedule.due(past))]
     if len(chosen) and abs(float(reached(schedule(chosen[-1]))) - sparsity) < 0.02:
         return iterations

@@ -14,6 +14,7 @@ from tflite_export.program import unique_name
 
 Limits = tuple[float, float]
 
+GONE = ("train", "tied")  # kinds of operations that are not in the file
 _SHARING = ("same", "rounded", "joined")  # kinds of operations whose result is on the grid of their inputs
 
 
@@ -51,6 +52,7 @@ class Plan:
         fused: Ids of the nodes whose activation is fused into the op in front.
         behind: Tensor id → the site of the activation that is fused behind it.
         groups: The sites of each group.
+        products: The groups whose range can be moved to where all kernels round products alike.
     """
 
     kinds: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -59,6 +61,7 @@ class Plan:
     fused: set[int] = dataclasses.field(default_factory=set)
     behind: dict[int, Site] = dataclasses.field(default_factory=dict)
     groups: list[list[Site]] = dataclasses.field(default_factory=list)
+    products: set[int] = dataclasses.field(default_factory=set)
 
 
 def is_index(tensor) -> bool:
@@ -83,7 +86,7 @@ class _Flow:
         self.on_grid: set[int] = set()  # ids of the tensors that an integer op reads, or nothing but the outside world
         in_float: set[int] = set()
         for node in self.nodes:
-            is_gone = self.kinds[id(node)] == "train"
+            is_gone = self.kinds[id(node)] in GONE
             for tensor in node.outputs:
                 self.root[id(tensor)] = self.root[id(node.input_tensors[0])] if is_gone else tensor
             if not is_gone and self.kinds[id(node)] != "constant":
@@ -140,7 +143,7 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         model: A fused model (see fuse.py).
         input_ranges: What is known of the inputs, by name.
     """
-    flow, groups = _Flow(model), _Groups()
+    flow, groups, first_tied = _Flow(model), _Groups(), {}
     result = Plan(kinds=flow.kinds)
     for tensor in model.inputs:
         name = tensor._keras_history.operation.name
@@ -156,9 +159,12 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         if kind in _SHARING:
             for source in flow.sources(node):
                 groups.join(source, output)
+        if kind == "tied":
+            (source,) = flow.sources(node)
+            groups.join(source, first_tied.setdefault(id(node.operation), source))
         if kind == "float" and output in flow.on_grid:
             result.sites[output] = Site(node.operation.name)
-        if kind not in ("same", "train", "index", "float"):
+        if kind not in ("same", "index", "float", *GONE):
             result.sites[output] = _site(node, kind)
         if kind == "clamp" and flow.fuses(node):
             (source,) = flow.sources(node)
@@ -175,6 +181,7 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
             "to match some layers only."
         )
     _form_groups(result, lambda key: groups.find(id(flow.root[key])), flow.root)
+    result.products = _groups_of_products(result, flow, groups)
     return result
 
 
@@ -211,6 +218,36 @@ def _form_groups(result: Plan, leader_of, root) -> None:
                     sites = [second if other is site else other for other in sites]
                     _add_group(result, [site])
         _add_group(result, sites)
+
+
+def _groups_of_products(result: Plan, flow: _Flow, groups: _Groups) -> set[int]:
+    """The groups whose tensors are all products of tensors on the same grids, so that their accumulators have one scale."""
+    grids = {groups.find(id(flow.root[key])): _grid_of(site) for key, site in result.sites.items()}
+    grids.update({key: _grid_of(site) for key, site in result.sites.items()})
+    factors_of: dict[int, set] = {}
+    for node in flow.nodes:
+        site = result.sites.get(id(node.outputs[0]))
+        if site is not None and site.kind == "observed" and id(node) not in result.fused:
+            sources = [grids.get(key, grids.get(groups.find(key))) for key in flow.sources(node)]
+            factors_of.setdefault(site.group, set()).add(repr(row_of_node(node).factors(node, sources)))
+    for source, site in result.behind.items():
+        factors_of.setdefault(site.group, set()).add(
+            repr(
+                row_of_node(flow.producers[source]).factors(
+                    flow.producers[source], flow.sources(flow.producers[source])
+                )
+            )
+        )
+    for tensor in flow.model.inputs:
+        site = result.sites.get(id(flow.behind_augmentation(tensor)))
+        if site is not None:
+            factors_of.setdefault(site.group, set()).add("None")
+    return {group for group, factors in factors_of.items() if len(factors) == 1 and "None" not in factors}
+
+
+def _grid_of(site: Site):
+    """What tells its grid from others: the range where that is known beforehand, else the group."""
+    return site.limits or site.group
 
 
 def _finding(sites: list[Site]) -> list[Site]:
@@ -256,8 +293,8 @@ class _Annotator:
         scales = [self.scale_of.get(id(x)) for x in sources]
         site = self.plan.behind.get(id(node.outputs[0])) or self.plan.sites.get(id(node.outputs[0]))
         product = row_of_node(node).factors(node, scales)
-        if product is not None and [s.kind for s in self.plan.groups[site.group]].count("observed") == 1:
-            self.products[site.group] = product
+        if product is not None and site.group in self.plan.products:
+            self.products.setdefault(site.group, product)
         if isinstance(node.operation, Clamp) and id(node) not in self.plan.fused:
             result = Rescale(name=node.operation.name)(args[0], scales[0], self._scale_at(site, args[0]))
         elif isinstance(node.operation, GridLayer):

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 from keras import tree
 
-from keras_qat.graph.annotate import is_index, row_of_node
+from keras_qat.graph.annotate import GONE, is_index, row_of_node
 from keras_qat.graph.emit import Call
 from keras_qat.graph.walk import input_names, nodes_of
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
@@ -111,7 +111,7 @@ class _Freezer:
             return
         kind = row_of_node(node).range_kind(node)
         sources = [self.values[id(x)] for x in _data_inputs(node, kind)]
-        if kind == "train":
+        if kind in GONE:
             result = sources[0]
         elif kind == "clamp" and isinstance(sources[0], _Pending):
             result = dataclasses.replace(sources[0], activation=row_of_node(node).activation, name=node.operation.name)

@@ -22,6 +22,8 @@ def refine_probabilities(model, stays_in_float: Callable = lambda node: False):
     softmaxes = [node for node in nodes_of(model) if key_of(node.operation) == "ops.Softmax"]
     found = [_attention(node, graph) for node in softmaxes if not stays_in_float(node)]
     attentions = [attention for attention in found if attention is not None]
+    if not attentions:
+        return model
     begins = {id(attention.begin): attention for attention in attentions}
     weights = {id(attention.softmax): attention.factor for attention in attentions if attention.weighs}
     absorbed = {id(node) for attention in attentions if attention.weighs for node in attention.scalings}

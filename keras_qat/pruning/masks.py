@@ -38,7 +38,7 @@ class Masks:
         """Where a fit starts: with the zeros that are there if the weights were pruned before, else with all weights."""
         if was_pruned and step >= self.schedule.begin:
             self._assign([mask_in_weights(self.pattern, t.variable.value, t.layout) for t in self.targets])
-        if step == 0 and self.schedule.due(0):
+        if step == 0 and self.schedule.due(0) and self.schedule(0) > 0:
             if self._scores:
                 self._pending.assign(True)  # there are no gradients yet: right after the first step
             else:

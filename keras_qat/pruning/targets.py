@@ -29,6 +29,19 @@ _NORMS = (
     keras.layers.RMSNormalization,
 )
 
+# In others (gates of a recurrent cell, heads of attention) a channel means nothing without its likes in other kernels.
+_WITH_CHANNELS = (
+    keras.layers.Dense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -101,9 +114,9 @@ class Target:
 def find_targets(model: keras.Model, default: Policy, rules: Sequence[tuple[Rule, Policy | None]]) -> list[Target]:
     """What is pruned, layer by layer.
 
-    Without a rule these are the kernels of all layers but depthwise ones, norms and the last of the model. A rule on a
-    layer takes all of its kernels, or if it has none its vectors; one that ends in a variable's name ("*/bias") takes
-    that variable.
+    Without a rule these are the kernels of all layers but depthwise ones, norms and the last of the model; whole channels
+    only of dense layers and convolutions. A rule on a layer takes all of its kernels, or if it has none its vectors; one
+    that ends in a variable's name ("*/bias") takes that variable.
     """
     layers = [layer for layer in weighted_layers(model) if not layer.is_range]
     chosen = first_matches([rule for rule, _ in rules], layers, _matches_layer_or_variable)
@@ -112,7 +125,7 @@ def find_targets(model: keras.Model, default: Policy, rules: Sequence[tuple[Rule
     targets = []
     for item, rule in zip(layers, chosen, strict=True):
         policy = default if rule is None else policies[id(rule)]
-        if policy is None or (rule is None and _left_alone(item, last)):
+        if policy is None or (rule is None and _left_alone(item, policy, last)):
             continue
         named = rule is not None and not matches_layer(rule.pattern, item)
         for variable in _variables_of(item, rule, named):
@@ -159,8 +172,9 @@ def _is_kernel(variable) -> bool:
     return len(variable.shape) >= 2 and (variable.name.endswith("kernel") or variable.name == "embeddings")
 
 
-def _left_alone(item: WeightedLayer, last: set[int]) -> bool:
-    return isinstance(item.layer, _NORMS) or id(item.layer) in last
+def _left_alone(item: WeightedLayer, policy: Policy, last: set[int]) -> bool:
+    without_channels = isinstance(policy.pattern, Channels) and not isinstance(item.layer, _WITH_CHANNELS)
+    return without_channels or isinstance(item.layer, _NORMS) or id(item.layer) in last
 
 
 def last_layers(model: keras.Model) -> set[int]:

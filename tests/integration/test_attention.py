@@ -22,13 +22,12 @@ def _calibrated(model):
     return inputs, qat, program, tflite_export.write(program)
 
 
-def _assert_parity(qat, tflite, inputs, exact=False):
+def _parity(qat, tflite, inputs):
     summary = tflite_export.inspect(tflite)
     assert summary.is_full_int8, summary.reasons
     parity = tflite_export.verify(tflite, qat, inputs, runtimes=_RUNTIMES)
     assert len(parity.results) == len(_RUNTIMES), parity.skipped
-    assert parity.max_lsb <= 1, parity
-    assert not exact or parity.mismatch <= 0.001, parity
+    return parity
 
 
 def _sqnr(model, inputs, program, tflite) -> float:
@@ -45,18 +44,22 @@ def _sqnr(model, inputs, program, tflite) -> float:
 def test_one_op(case):
     model = case.one_op()
     inputs, qat, program, tflite = _calibrated(model)
-    _assert_parity(qat, tflite, inputs, case.exact)
-    if case in CONTRACTIONS:
-        return
-    sqnr = _sqnr(model, inputs, program, tflite)
-    print(f"{case}: {sqnr:.1f} dB, {len(program.ops)} ops")
-    assert sqnr >= 30
+    parity = _parity(qat, tflite, inputs)
+    assert parity.max_lsb <= 1, parity
+    assert not case.exact or parity.mismatch <= 0.001, parity
+    if case not in CONTRACTIONS:
+        sqnr = _sqnr(model, inputs, program, tflite)
+        print(f"{case}: {sqnr:.1f} dB, {len(program.ops)} ops")
+        assert sqnr >= 30
 
 
 @pytest.mark.parametrize("case", _CASES, ids=str)
 def test_three_ops(case):
+    """What is lowered is a dozen ops: where the first one rounds a tie the other way, a row of those behind moves."""
     inputs, qat, _, tflite = _calibrated(case.three_ops())
-    _assert_parity(qat, tflite, inputs, case.exact)
+    parity = _parity(qat, tflite, inputs)
+    assert parity.max_lsb <= (1 if case in CONTRACTIONS else 2), parity
+    assert parity.mismatch <= (0.001 if case.exact else 0.01 if case in CONTRACTIONS else 0.002), parity
 
 
 def _transformer():

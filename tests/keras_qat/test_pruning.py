@@ -271,6 +271,15 @@ def test_last_layers_of_branches_and_blocks():
     assert named == {"branch", "stem", "inner_out"}
 
 
+def test_channels_of_gates_and_heads_are_left_alone():
+    inputs = keras.Input((6, 8))
+    x = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
+    x = layers.Dense(5, name="dense")(layers.LSTM(4, name="lstm")(x))
+    model = keras.Model(inputs, layers.Dense(2, name="classes")(x))
+    assert list(targets_of(model, pattern=Channels())) == ["dense/kernel"]
+    assert [name.split("/")[0] for name in targets_of(model)] == ["attention"] * 4 + ["lstm"] * 2 + ["dense"]
+
+
 def test_channels_take_their_bias_and_batch_norm_along():
     model = small()
     targets = targets_of(model, pattern=Channels())
@@ -310,6 +319,13 @@ def test_every_pattern_in_every_mode(pattern, mode):
         if PATTERNS[pattern] == NofM(2, 4):
             mask = np.asarray(target.variable) != 0
             assert np.array_equal(mask, n_of_m(mask.astype("float32"), 2, 4, target.layout.inner))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.9, 0.99])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_sparsities_from_none_to_nearly_all(sparsity, scope):
+    model = train(tiny(), [Pruning(sparsity, scope=scope)], epochs=1)
+    assert model.history.history["sparsity"][-1] == pytest.approx(sparsity, abs=0.003)
 
 
 class Watch(keras.callbacks.Callback):
@@ -679,6 +695,8 @@ def test_pruned_weights_are_integer_zeros_in_the_file(pattern):
         assert removed.mean() == pytest.approx(0.5, abs=0.03)
         assert np.all(integers.reshape(removed.shape)[removed] == 0)
         assert np.mean(integers == 0) < 0.56  # hardly any others
+        if pattern == "n_of_m":
+            assert np.all(np.count_nonzero(integers.reshape(-1, 4), axis=1) <= 2)  # as the file's kernels lie
 
 
 def test_a_pruned_float_model_keeps_its_zeros_through_quantization_aware_training():

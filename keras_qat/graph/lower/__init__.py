@@ -17,6 +17,7 @@ from keras_qat.graph.lower import (
     scalings,
     shapes,
     volumes,
+    wrappers,
 )
 from keras_qat.graph.walk import key_of
 
@@ -32,6 +33,7 @@ _FAMILIES = [
     scalings,
     shapes,
     volumes,
+    wrappers,
 ]
 RULES = {key: rule for family in _FAMILIES for key, rule in family.RULES.items()}
 

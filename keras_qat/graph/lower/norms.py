@@ -79,7 +79,7 @@ def _normalized(x, axes, epsilon, affine, centred=False):
 def _sum_of_squares(rows):
     """Over the last axis, which stays as one of size 1."""
     flat = reshaped(rows, (-1, math.prod(rows.shape[1:-1]), 1, rows.shape[-1]))
-    return reshaped(ops.matmul(flat, transposed(flat, (0, 1, 3, 2))), (-1, *rows.shape[1:-1], 1))
+    return reshaped(ops.matmul(flat, ops.transpose(flat, (0, 1, 3, 2))), (-1, *rows.shape[1:-1], 1))
 
 
 def _rows(x, axes):
