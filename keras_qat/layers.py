@@ -308,10 +308,12 @@ class Quantized(GridLayer):
     def _in_training(self, x, input_scale, output_scale, training):
         scale, _ = self._weight_scale(input_scale, output_scale)
         kernel = self.weight_quantizer.fake_quant(self.layer.kernel, self._per_kernel(scale))
-        y = self._linear(x, kernel, self.layer.bias if self.layer.use_bias else None)
+        y = self._linear(x, kernel)
         multiplier, offset = self.input_scaling
         if multiplier != 1.0 or offset != 0.0:
             y = y * multiplier + offset * self._kernel_sums(kernel)
+        if self.layer.use_bias:
+            y = y + self.layer.bias
         self._penalize(self.layer, y)
         if self.batch_norm is None:
             return y
@@ -331,11 +333,11 @@ class Quantized(GridLayer):
             loss = layer.activity_regularizer(y)
             self.add_loss(ops.divide_no_nan(loss, ops.cast(ops.shape(y)[0], loss.dtype)))
 
-    def _linear(self, x, kernel, bias=None):
-        """The layer's own computation with `kernel` and `bias` in place of its variables."""
+    def _linear(self, x, kernel):
+        """The layer's own computation with `kernel` in place of its variable, and without its bias."""
         replaced = [(self.layer.kernel, kernel)]
         if self.layer.use_bias:
-            replaced.append((self.layer.bias, ops.zeros_like(self.layer.bias) if bias is None else bias))
+            replaced.append((self.layer.bias, ops.zeros_like(self.layer.bias)))
         with keras.StatelessScope(state_mapping=replaced):
             return self.layer.call(x)
 

@@ -316,6 +316,13 @@ def adapt(schedule) -> Schedule:
     return Foreign(schedule)
 
 
+def last_chosen(schedule: Schedule, step: int):
+    """The sparsity of the masks at a step: that of the last step at which they were chosen, 0 before the first."""
+    steps = np.arange((step if schedule.end is None else min(step, schedule.end)) + 1)
+    turns = steps[np.asarray(schedule.due(steps))]
+    return schedule(turns[-1]) if len(turns) else ops.zeros(())
+
+
 def resume(schedule: Schedule, iterations: int, sparsity: float, reached: Callable = lambda value: value) -> int:
     """The step of a model that was saved while it was pruned and loaded again, told from what it was saved with.
 
@@ -329,9 +336,7 @@ def resume(schedule: Schedule, iterations: int, sparsity: float, reached: Callab
         `iterations`, if that agrees with the sparsity. Else (the optimizer had trained before the pruning began) the
         step at which the schedule chose masks of nearly that sparsity.
     """
-    past = np.arange((iterations if schedule.end is None else min(iterations, schedule.end)) + 1)
-    chosen = past[np.asarray(schedule.due(past))]
-    if len(chosen) and abs(float(reached(schedule(chosen[-1]))) - sparsity) < 0.02:
+    if abs(float(reached(last_chosen(schedule, iterations))) - sparsity) < 0.02:
         return iterations
     steps = np.arange((schedule.begin if schedule.end is None else schedule.end) + 1)
     turns = steps[np.asarray(schedule.due(steps))]

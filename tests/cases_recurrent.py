@@ -31,28 +31,31 @@ def _simple(**options):
 
 @keras.saving.register_keras_serializable("keras_qat_tests")
 class OwnCell(layers.Layer):
-    """A cell as people write it: two dense layers, a leak, two states of different sizes, one that begins with ones."""
+    """A cell as people write it: dense layers, a leak, and two states of different sizes, one of which begins with ones."""
 
     state_size = (6, 3)
     output_size = 6
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.reads, self.feeds_back = layers.Dense(6), layers.Dense(6, use_bias=False)
+        self.reads, self.feeds_back, self.recalls = (layers.Dense(6, use_bias=bias) for bias in (True, False, False))
         self.remembers = layers.Dense(3, activation="sigmoid")
 
     def build(self, input_shape):
-        self.reads.build(input_shape)
-        self.feeds_back.build((None, 6))
-        self.remembers.build((None, 6))
+        for layer, size in (
+            (self.reads, input_shape[-1]),
+            (self.feeds_back, 6),
+            (self.recalls, 3),
+            (self.remembers, 6),
+        ):
+            layer.build((None, size))
 
     def get_initial_state(self, batch_size=None):
         return [ops.zeros((batch_size, 6)), ops.ones((batch_size, 3))]
 
     def call(self, x, states):
         h, memory = states
-        h = ops.tanh(self.reads(x) + self.feeds_back(h)) * 0.5 + h * 0.5
-        h = ops.concatenate([h[:, :3] * memory, h[:, 3:]], axis=-1)
+        h = ops.tanh(self.reads(x) + self.feeds_back(h) + self.recalls(memory)) * 0.5 + h * 0.5
         return h, [h, self.remembers(h)]
 
 
@@ -82,7 +85,7 @@ CELLS = [
     ),
     Case(
         "lstm_other_activations",
-        lambda x: _lstm(activation="softsign", recurrent_activation="hard_sigmoid")(x),
+        lambda x: _lstm(activation="softsign", recurrent_activation="tanh")(x),
         (STEPS,),
     ),
     Case("gru", lambda x: _gru()(x), (STEPS,)),

@@ -151,10 +151,7 @@ class GradientClipping(StepCallback):
 
 
 class _Group:
-    """The layers that one policy governs, and the policy's state.
-
-    Each step it returns what it adds to the group's sums.
-    """
+    """The layers that one policy governs, and the policy's state."""
 
     def __init__(self, label: str, policy: Policy, layers: list[WeightedLayer]):
         self.label, self.policy = label, policy
@@ -172,7 +169,7 @@ class _Group:
         )
 
     def clip(self, gradients: dict):
-        """Replaces the group's gradients, by the id of their `tf.Variable`, in place."""
+        """Replaces the group's gradients, by the id of their `tf.Variable`, in place; returns what to add to its sums."""
         present = [v for v in tree.flatten(self.variables) if id(v.value) in gradients]
         if not present:
             return ops.zeros(_SUMS)

@@ -1,6 +1,7 @@
 """Removes weights while a model trains; after every single step what is removed is exactly zero."""
 
 import warnings
+import weakref
 from collections.abc import Sequence
 
 import keras
@@ -77,7 +78,7 @@ class Pruning(StepCallback):
         self._masks: list[Masks] = []
         self._origin: int | None = None
         self._clock_before, self._zeros_before = 0, 0.0
-        self._latest = None
+        self._latest = self._pruned = None
 
     def _check_floor(self):
         for policy in [self.policy, *(policy for _, policy in self.rules if policy is not None)]:
@@ -105,6 +106,7 @@ class Pruning(StepCallback):
             Masks(targets[0].policy, schedules[key], targets, self.scope, self.floor)
             for key, targets in by_policy.items()
         ]
+        self._pruned = weakref.ref(self.model)
         self._latest = keras.Variable(
             np.int64(self.step), dtype="int64", trainable=False, aggregation="only_first_replica"
         )
@@ -141,7 +143,9 @@ class Pruning(StepCallback):
                 self.step = resume(schedule, before, self._zeros_before, reached) if pruned_by_another else 0
             self._origin = before - self.step if before else -(self.initial_step or 0)
         elif self._clock() == before == 0:
-            self._origin = -self.step  # compiled anew: a new clock
+            # A new clock: compiled anew, or what became of the model (quantized, say). Without zeros it is another one.
+            goes_on = self._zeros_before > 0.005 or (self._pruned is not None and self._pruned() is self.model)
+            self._origin = -self.step if goes_on else 0
 
     def _warn_if_too_short(self, schedules) -> None:
         epochs, batches = (self.params or {}).get("epochs"), (self.params or {}).get("steps")

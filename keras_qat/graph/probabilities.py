@@ -20,7 +20,7 @@ def refine_probabilities(model, stays_in_float: Callable = lambda node: False):
     """
     graph, reused = _Graph(producers_of(model), readers_of(model)), Reused()
     softmaxes = [node for node in nodes_of(model) if key_of(node.operation) == "ops.Softmax"]
-    found = [_attention(node, graph) for node in softmaxes if not stays_in_float(node)]
+    found = [_attention(node, graph, can_change=not stays_in_float(node)) for node in softmaxes]
     attentions = [attention for attention in found if attention is not None]
     if not attentions:
         return model
@@ -46,7 +46,7 @@ class _Attention:
 
     Args:
         softmax: Its node.
-        weighs: Only matmuls read its result.
+        weighs: Only matmuls read its result, and it is to be replaced.
         begin: The node that is to read `Scores`: the first mask, or else the first that reads the scores.
         scalings: The nodes that multiply with a number between `begin` and the softmax; if it weighs, those in front too.
     """
@@ -61,8 +61,8 @@ class _Attention:
         return math.prod(node.operation.scalars[0] for node in self.scalings)
 
 
-def _attention(softmax, graph) -> _Attention | None:
-    chain, weighs = [softmax, *graph.chain_to(softmax.input_tensors[0])], graph.only_weighs(softmax)
+def _attention(softmax, graph, can_change: bool) -> _Attention | None:
+    chain, weighs = [softmax, *graph.chain_to(softmax.input_tensors[0])], can_change and graph.only_weighs(softmax)
     masks = [node for node in chain if isinstance(node.operation, Mask)]
     if not weighs and not masks:
         return None

@@ -1,5 +1,7 @@
 """The masks of a model while it is pruned: chosen when the schedule says so, enforced after every step."""
 
+import math
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -9,7 +11,7 @@ from keras_qat.pruning import criteria
 from keras_qat.pruning.patterns import Channels, NofM, local_mask, mask_in_weights
 from keras_qat.pruning.selection import largest_of_all
 from keras_qat.pruning.targets import Policy, Target
-from keras_qat.schedules import Schedule
+from keras_qat.schedules import Schedule, last_chosen
 
 
 class Masks:
@@ -35,14 +37,21 @@ class Masks:
             self._scores = [_variable(target.variable.shape, "float32", "zeros") for target in targets]
 
     def begin(self, step: int, was_pruned: bool) -> None:
-        """Where a fit starts: with the zeros that are there if the weights were pruned before, else with all weights."""
+        """Where a fit starts: with the zeros that are there if the weights were pruned before, else with all weights.
+
+        Then with what should be gone at this step and is not: at step 0, or if something else trained them in between.
+        """
         if was_pruned and step >= self.schedule.begin:
             self._assign([mask_in_weights(self.pattern, t.variable.value, t.layout) for t in self.targets])
-        if step == 0 and self.schedule.due(0) and self.schedule(0) > 0:
+        asked = last_chosen(self.schedule, step)
+        by_magnitude = [criteria.magnitude(ops.cast(target.variable, "float32")) for target in self.targets]
+        missing = _removed(self._best(by_magnitude, asked)) - _removed(self._masks)
+        removed, total = self.counts()
+        if missing > (0.01 * total if removed else 0):
             if self._scores:
                 self._pending.assign(True)  # there are no gradients yet: right after the first step
             else:
-                self.choose(self.schedule(0))
+                self.choose(asked)
 
     def observe(self, gradients: dict) -> None:
         """Adds up the scores of a step. Gradients are known by the ids of their `tf.Variable`s."""
@@ -64,12 +73,7 @@ class Masks:
         """
         weights = [ops.cast(target.variable, "float32") for target in self.targets]
         scores = self._summed_scores(weights) if self._scores else list(map(self.criterion.of_weight, weights))
-        if self.global_scope:
-            self._assign(self._globally(scores, sparsity))
-        else:
-            self._assign(
-                [local_mask(self.pattern, s, sparsity, t.layout) for s, t in zip(scores, self.targets, strict=True)]
-            )
+        self._assign(self._best(scores, sparsity))
         for score in self._scores if self.criterion.forgets else ():
             score.assign(ops.zeros_like(score))
         self._pending.assign(False)
@@ -82,7 +86,10 @@ class Masks:
             for mask, score, weight in zip(self._masks, self._scores, weights, strict=True)
         ]
 
-    def _globally(self, scores, sparsity) -> list:
+    def _best(self, scores, sparsity) -> list:
+        """The masks over the largest scores."""
+        if not self.global_scope:
+            return [local_mask(self.pattern, s, sparsity, t.layout) for s, t in zip(scores, self.targets, strict=True)]
         rows = [self.pattern.unit_scores(s, t.layout) for s, t in zip(scores, self.targets, strict=True)]
         sizes = [self.pattern.unit_sizes(tuple(t.variable.shape), t.layout) for t in self.targets]
         kept = largest_of_all(rows, sizes, sparsity, self.floor)
@@ -107,8 +114,11 @@ class Masks:
 
     def counts(self) -> tuple[int, int]:
         """How many weights are removed, of how many."""
-        masks = [ops.convert_to_numpy(mask) for mask in self._masks]
-        return sum(int(mask.size - mask.sum()) for mask in masks), sum(mask.size for mask in masks)
+        return _removed(self._masks), sum(math.prod(mask.shape) for mask in self._masks)
+
+
+def _removed(masks) -> int:
+    return sum(int(np.sum(~ops.convert_to_numpy(mask))) for mask in masks)
 
 
 def _zero_where_masked(variable, mask) -> None:

@@ -68,3 +68,17 @@ def test_saved_and_loaded_they_compute_the_same(tmp_path):
     assert [layer.get_config() for layer in loaded.layers if isinstance(layer, Rescale)] == [
         layer.get_config() for layer in qat.layers if isinstance(layer, Rescale)
     ]
+
+
+@pytest.mark.parametrize("scaling", [(1 / 255, 0.0), (0.5, 0.0), (1 / 127.5, -1.0), (1.0, 0.0)], ids=str)
+def test_training_and_inference_compute_the_same(scaling):
+    """With an input scaling taken over, and a bias that is not zero."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Rescaling(*scaling)(inputs)
+    model = keras.Model(inputs, layers.Conv2D(6, 3, bias_initializer=keras.initializers.RandomNormal(stddev=1.0))(x))
+    images = np.random.default_rng(0).uniform(0, 255, (16, 8, 8, 3)).astype("float32")
+    qat = kq.calibrate(kq.quantize(model), images)
+    expected = model(images)
+    step = float(np.ptp(expected)) / 255
+    for training in (False, True):
+        assert float(np.max(np.abs(qat(images, training=training) - expected))) < 6 * step

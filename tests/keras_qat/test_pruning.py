@@ -1,6 +1,6 @@
 """Pruning: the masks against numpy, what is chosen, and that zeros stay zeros through everything that happens to a model."""
 
-import os
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -420,7 +420,7 @@ def test_by_gradients_what_is_gone_stays_gone(criterion, scope):
 
     schedule = schedules.Polynomial(0.0, 0.8, 0, 12, frequency=2)
     train(tiny(), [Pruning(schedule, criterion=criterion, scope=scope), Masks()], optimizer=optimizers.Adam(0.05))
-    assert all(np.all(before[after]) for before, after in zip(seen, seen[1:], strict=False))
+    assert all(np.all(before[after]) for before, after in itertools.pairwise(seen))
     assert seen[0].all() and seen[-1].mean() == pytest.approx(0.2, abs=0.01)
 
 
@@ -487,11 +487,10 @@ def test_epochs_need_a_length():
         model.fit(generator, verbose=0, callbacks=[Pruning(schedules.OneShot(0.5, 1), unit="epochs")])
 
 
-def test_tfmot_schedule_objects():
+def test_tfmot_schedule_objects(monkeypatch):
     assert tf.keras.__version__ == keras.__version__  # else tfmot would switch the process to legacy Keras
-    before = dict(os.environ)
+    monkeypatch.setenv("TF_USE_LEGACY_KERAS", "")  # which tfmot sets: gone again behind the test
     sparsity = pytest.importorskip("tensorflow_model_optimization").sparsity.keras
-    os.environ.pop("TF_USE_LEGACY_KERAS", None) if "TF_USE_LEGACY_KERAS" not in before else None
     watch, schedule = Watch("dense"), sparsity.PolynomialDecay(0.0, 0.5, 0, 10, frequency=4)
     train(tiny(), [Pruning(schedule), watch])
     assert watch.seen[-3:] == [[0.5]] * 3
@@ -616,6 +615,26 @@ def test_compiling_anew_does_not_start_over():
     fit(model, [pruning, watch])
     assert pruning.step == 24 and watch.seen[-1][0] == pytest.approx(0.8, abs=0.01)
     assert before > 0.6 and all(share >= before for (share,) in watch.seen)
+
+
+def test_another_model_starts_over():
+    pruning, watch = Pruning(schedules.OneShot(0.5, 2)), Watch("dense")
+    train(tiny(), [pruning], epochs=1)
+    train(tiny(), [pruning, watch], epochs=1)
+    assert watch.seen == [[0.0], [0.5], [0.5], [0.5]]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_what_grew_back_without_the_callback_is_removed_again(criterion, scope):
+    pruning = Pruning(schedules.OneShot(0.5, 2), criterion=criterion, scope=scope)
+    model, watch = train(tiny(), [pruning], epochs=1), Watch("conv", "dense")
+    fit(model, [], epochs=1)
+    assert zeros(model.get_layer("dense").kernel) < 0.01
+    history = fit(model, [pruning, watch], epochs=1)
+    assert history["sparsity"] == [0.5] and len({tuple(seen) for seen in watch.seen}) == 1
+    if scope == "layer":
+        assert watch.seen[0] == [0.5, 0.5]
 
 
 def test_a_trained_model_starts_at_step_0():

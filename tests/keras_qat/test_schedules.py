@@ -90,7 +90,7 @@ def pairs(tfmot):
 def test_tfmot_schedules_are_taken_as_they_are(tfmot):
     for theirs, ours in pairs(tfmot):
         assert schedules.adapt(theirs) == ours
-        for step in range(0, 250):
+        for step in range(250):
             due, sparsity = theirs(tf.constant(step, tf.int64))
             assert float(ours(step)) == pytest.approx(float(sparsity), abs=1e-6)
             assert bool(ours.due(step)) == bool(due) or step == ours.end

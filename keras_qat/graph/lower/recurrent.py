@@ -99,6 +99,15 @@ def _cell_of(cell, prefix):
     return make(cell, prefix)
 
 
+def steps_of(sequence) -> list:
+    """The steps of a sequence. Those of images are cut out of a single image: TensorFlow Lite Micro slices four axes."""
+    count, *shape = sequence.shape[1:]
+    if len(shape) < 3:
+        return [sequence[:, step] for step in range(count)]
+    whole, rows = ops.reshape(sequence, (-1, count * shape[0], *shape[1:])), shape[0]
+    return [whole[:, step * rows : (step + 1) * rows] for step in range(count)]
+
+
 def refuse_mask(sequence, mask) -> None:
     if mask is not None or getattr(sequence, "_keras_mask", None) is not None:
         raise ValueError(
@@ -144,14 +153,15 @@ def _lstm(cell, prefix) -> Unrolled:
     i, f, g, o = _columns(cell, 4)
     gates, candidate = _Sums(cell, prefix, "gates", [*i, *f, *o]), _Sums(cell, prefix, "candidate", g)
     sigmoid, tanh = symbolic(cell.recurrent_activation), symbolic(cell.activation)
-    state = OneGrid(name=f"{prefix}state")
+    # What is a product of the same two grids at every step can be rounded alike on all runtimes.
+    opened, squashed, state = (OneGrid(name=f"{prefix}{name}") for name in ("gates", "squashed", "state"))
 
     def step(x, states):
         h, c = states
-        i, f, o = _parts(sigmoid(gates.plus(x[0], h)), 3)
+        i, f, o = _parts(opened(sigmoid(gates.plus(x[0], h))), 3)
         new = ops.multiply(i, tanh(candidate.plus(x[1], h)))
         c = new if c is None else ops.add(ops.multiply(f, c), new)
-        h = state(ops.multiply(o, tanh(c)))
+        h = state(ops.multiply(o, squashed(tanh(c))))
         return h, [h, c]
 
     return Unrolled(_inputs(gates, candidate), step, lambda x: [None, None])
@@ -215,7 +225,7 @@ def _own(cell, prefix) -> Unrolled:
         output, states = cell(x, states)
         return output, list(states) if tree.is_nested(states) else [states]
 
-    return Unrolled(_steps, step, _constants(begin, prefix))
+    return Unrolled(steps_of, step, _constants(begin, prefix))
 
 
 _CELLS = {
@@ -259,8 +269,8 @@ class _Sums:
         """What the steps add for the sequence."""
         sequence = self._drop(sequence)
         if self._whole:
-            return _steps(self._of_input(sequence))
-        return [self._of_input(x) for x in _steps(sequence)]
+            return steps_of(self._of_input(sequence))
+        return [self._of_input(x) for x in steps_of(sequence)]
 
     def of_state(self, h):
         return self._grid(self._of_state(self._drop_state(h)))
@@ -300,10 +310,6 @@ def _dropout(rate, name, noise_shape=None) -> Callable:
 
 def _inputs(*sums) -> Callable:
     return lambda sequence: list(zip(*[one.of_inputs(sequence) for one in sums], strict=True))
-
-
-def _steps(sequence) -> list:
-    return [sequence[:, step] for step in range(sequence.shape[1])]
 
 
 def _columns(cell, count: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_qat.graph.lower.moves import reshaped
 from keras_qat.graph.lower.recurrent import RULES as _RECURRENT
-from keras_qat.graph.lower.recurrent import refuse_mask, unrolled
+from keras_qat.graph.lower.recurrent import refuse_mask, steps_of, unrolled
 from keras_qat.graph.walk import key_of
 
 
@@ -62,7 +62,7 @@ def _time_distributed(layer, args, kwargs):
         refuse_mask(inputs, mask)
         if at_once is not None:
             return at_once(inputs)
-        return ops.stack([inner(inputs[:, step]) for step in range(inputs.shape[1])], axis=1)
+        return ops.stack([inner(x) for x in steps_of(inputs)], axis=1)
 
     refuse_mask(args[0], kwargs.get("mask"))
     return call
