@@ -108,6 +108,10 @@ def _both_inputs(node, scales):
     return {"factors": scales}
 
 
+def _softmax_factors(node, scales):
+    return {"factors": [node.operation.STEP]}
+
+
 def _mean_factors(node, scales):
     count = emit.values_per_mean(node)
     return {"factors": scales[:1], "constant": 1.0 / count, "count": count} if _is_mean(node) else None
@@ -321,6 +325,11 @@ OPERATIONS: dict[str, Row] = {
     "ops.Max": Row("REDUCE_MAX", "same", emit.largest, refuses=_reduces),
     "ops.Min": Row("REDUCE_MIN", "same", emit.smallest, refuses=_reduces),
     "ops.Argmax": Row("ARG_MAX", "index", emit.index_of_largest),
+    # inside of normalizations and attention
+    "InverseRoot": Row("RSQRT or a look-up", "own", emit.inverse_root),
+    "Mask": Row("MINIMUM", "rounded", emit.mask),
+    "Probabilities": Row("SOFTMAX + QUANTIZE", "own", emit.probabilities, factors=_softmax_factors),
+    "Scores": Row("the end of a grid", "clamp", emit.scores),
     # functions of single numbers
     "Pointwise": Row("look-up", "own", emit.pointwise),
     **{key: Row(SINGLE_OPS.get(key, "CAST + ADD + GATHER"), "look-up", refuses=_one_tensor) for key in sorted(LOOKUPS)},
@@ -333,6 +342,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Copy": _TRAINING_ONLY,
     "ops.StopGradient": _TRAINING_ONLY,
     "SpatialDropout3D": _TRAINING_ONLY,
+    "StochasticDepth": _TRAINING_ONLY,
     "ops.Identity": _TRAINING_ONLY,
     "ActivityRegularization": _TRAINING_ONLY,
     "AddedLoss": _TRAINING_ONLY,

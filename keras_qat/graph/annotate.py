@@ -108,7 +108,10 @@ class _Flow:
         """Whether the op in front takes this relu in: TFLite can, and nothing else reads that op's result."""
         (source,) = self.sources(node)
         producer = self.producers.get(source)
-        return producer is not None and row_of_node(producer).fuses and self.readers[source] == 1
+        if producer is None or self.readers[source] != 1:
+            return False
+        has_no_op = row_of_node(node).activation is None  # the end of its grid is all there is to it
+        return row_of_node(producer).fuses or (has_no_op and self.kinds[id(producer)] == "own")
 
     def behind_augmentation(self, tensor):
         """The last of the training-only layers that alone read an input: training is to see what they make of it."""
@@ -193,7 +196,7 @@ def _site(node, kind: str) -> Site:
         highest = getattr(node.operation, "max_value", None)
         if highest:
             return Site(node.operation.name, "fixed", (0.0, float(highest)))
-        return Site(node.operation.name, nonnegative=True)
+        return Site(node.operation.name, nonnegative=row.activation is not None)
     return Site(node.operation.name, kind if kind in ("fixed", "rounded") else "observed", row.limits)
 
 

@@ -321,6 +321,11 @@ def pointwise(call: Call) -> None:
     if kind is not None and (BUILTINS[kind].micro or not call.portable) and _looks_up(call, results):
         options = {"approximate": bool(operations[0].approximate)} if kind == "GELU" else {}
         return call.op(kind, call.inputs, call.output, **options)
+    _look_up(call, results)
+
+
+def _look_up(call: Call, results) -> None:
+    """CAST, ADD, GATHER: the 256 results as a table."""
     shape = call.shape(call.output)
     integers = call.program.add(Tensor(f"{call.output}/integers", shape, "int32"))
     indices = call.program.add(Tensor(f"{call.output}/indices", shape, "int32"))
@@ -348,6 +353,66 @@ def _looks_up(call: Call, results) -> bool:
         plain = np.asarray(call.operation.function(_numbers(call)))
     integers = call.program.tensors[call.output].quantize(np.nan_to_num(plain, nan=0.0))
     return not np.any(np.isnan(plain)) and np.array_equal(integers, results)
+
+
+def inverse_root(call: Call) -> None:
+    """RSQRT where it has the same results: where epsilon is too small to matter."""
+    if call.is_float:
+        return _inverse_root_in_float(call)
+    results = _results(call)
+    if call.operation.count == 1 and _rsqrt_has(results, call):
+        return call.op("RSQRT", call.inputs, call.output)
+    _look_up(call, results)
+
+
+def _rsqrt_has(results, call: Call) -> bool:
+    """Whether RSQRT computes them. Its fixed-point numbers decide otherwise within a thousandth of a tie."""
+    grid = call.program.tensors[call.output]
+    with np.errstate(divide="ignore"):
+        steps = np.minimum(1.0 / np.sqrt(_numbers(call).astype(np.float64)) / grid.scale[0], 255.25)
+    is_clear = np.abs(steps - np.floor(steps) - 0.5) > 1e-3
+    return bool(np.all(is_clear)) and np.array_equal(np.floor(steps + 0.5) + grid.zero_point, results)
+
+
+def _inverse_root_in_float(call: Call) -> None:
+    """`√n / √(max(x, n·floor) + n·epsilon)`."""
+    layer, shape = call.operation, call.shape(call.output)
+    steps = [("MAXIMUM", layer.count * layer.floor), ("ADD", layer.count * layer.epsilon), ("MUL", layer.count**0.5)]
+    value = call.inputs[0]
+    for kind, number in steps:
+        if kind == "MUL":
+            root = call.twin(call.output, shape, "root")
+            call.op("RSQRT", [value], root)
+            value = root
+        result = call.output if kind == "MUL" else call.twin(call.output, shape, kind.lower())
+        call.op(kind, [value, call.constant(f"{kind.lower()}/number", number, "float32")], result)
+        value = result
+
+
+def mask(call: Call) -> None:
+    """MINIMUM with the lowest number where the mask hides."""
+    keep = call.operation.keep
+    if call.is_float:
+        limits = call.constant("mask", np.where(keep, np.finfo("float32").max, -1e9), "float32")
+    else:
+        grid = call.program.tensors[call.output]
+        integers = np.where(keep, 127, -128)
+        limits = call.constant("mask", integers, "int8", scale=grid.scale, zero_point=grid.zero_point)
+    call.op("MINIMUM", [call.inputs[0], limits], call.output)
+
+
+def probabilities(call: Call) -> None:
+    """SOFTMAX in 16 bits, brought to the grid."""
+    if call.is_float:
+        return call.op("SOFTMAX", call.inputs, call.output, beta=call.operation.factor)
+    fine = Tensor(f"{call.output}/fine", call.shape(call.output), "int16", (call.operation.STEP,), -32768)
+    call.op("SOFTMAX", call.inputs, call.program.add(fine), beta=call.operation.factor)
+    call.op("QUANTIZE", [fine.name], call.output)
+
+
+def scores(call: Call) -> None:
+    """In float only, and nothing there: among integers it is the end of a grid."""
+    call.reshape(call.inputs[0], call.output)
 
 
 def softmax(call: Call) -> None:

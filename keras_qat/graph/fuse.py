@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_qat.graph.probabilities import refine_probabilities
 from keras_qat.graph.walk import Reused, calls_of, key_of, nodes_of, path_of, producers_of, readers_of, rewrite
 from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.operations import row_of
@@ -19,8 +20,9 @@ def fuse(model: keras.Model, rules: Rules) -> keras.Model:
         model: A flat model (see trace.py).
         rules: Choose the bits of each layer's weights by its path.
     """
-    model, input_scalings = _take_over_input_scaling(_merge_scalings(model), rules)
-    return _wrap_weights(model, rules, input_scalings)
+    model = refine_probabilities(_merge_scalings(model), lambda node: _in_float(node, rules))
+    model, scalings = _take_over_scalings(model, rules)
+    return _wrap_weights(model, rules, scalings)
 
 
 def _merge_scalings(model):
@@ -58,11 +60,11 @@ def _merge_scalings(model):
     return rewrite(model, visit)
 
 
-def _take_over_input_scaling(model, rules):
-    """A Rescaling of the model's input disappears into the weights' scales and biases of the layers that read it.
+def _take_over_scalings(model, rules):
+    """A positive factor disappears into the weights' scales of the layers that read it, if all readers have weights.
 
-    Only where every reader is a layer with weights, and the multiplier is positive. With an offset, zero padding would
-    no longer be zero: a padded convolution gets an explicit Pad with the value that means zero.
+    So does a Rescaling of the model's input with an offset, into their biases too. With an offset, zero padding would no
+    longer be zero: a padded convolution gets an explicit Pad with the value that means zero.
 
     Returns:
         The model, and layer id → (multiplier, offset) taken over.
@@ -71,7 +73,9 @@ def _take_over_input_scaling(model, rules):
     vanishing, taken = set(), {}
     for node in nodes_of(model):
         scalars = node.operation.scalars if key_of(node.operation) == "ChannelScale" else None
-        if scalars is None or scalars[0] <= 0 or not _stems_from_input(node, producers) or _in_float(node, rules):
+        if scalars is None or scalars[0] <= 0 or _in_float(node, rules):
+            continue
+        if scalars[1] != 0 and not _stems_from_input(node, producers):
             continue
         targets = _readers_of_values(node.outputs[0], readers)
         if all(_takes_over(target, scalars[1], calls, rules) for target in targets):
@@ -116,8 +120,8 @@ def _takes_over(node, offset: float, calls, rules) -> bool:
     if node is None or calls[id(node.operation)] != 1 or _in_float(node, rules):
         return False
     key = key_of(node.operation)
-    if key == "Conv2DTranspose":
-        return offset == 0
+    if key in ("Conv2DTranspose", "ChannelScale"):
+        return offset == 0 and _has_weights(node.operation)
     return key in {"Dense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D"}
 
 

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qat.graph.lower.attention import added_mask
 from keras_qat.graph.lower.weights import dense_of, is_learned
 from keras_qat.graph.walk import key_of
 from keras_qat.layers import ChannelScale
@@ -33,6 +34,9 @@ def _binary(operation, args, kwargs):
         if at == 1:
             return lambda _, y: ops.multiply(ops.reciprocal(y), operand)
         key, values = "ops.Multiply", 1.0 / values
+    masking = added_mask(values) if key == "ops.Add" and not is_learned(operand) else None
+    if masking is not None:
+        return lambda *arguments: masking(arguments[at])
     if values.ndim > len(x.shape) or (values.ndim == len(x.shape) and values.shape[0] != 1):
         return None  # its first axis would be the batch
     per_channel = values.size == 1 or values.shape[-1] == values.size == x.shape[-1]

@@ -70,6 +70,8 @@ def _repeat(operation, args, kwargs):
     axis, size = operation.axis, args[0].shape[operation.axis or 0]
     if axis is None or size is None or isinstance(operation.repeats, keras.KerasTensor):
         return None
+    if operation.repeats == 1:
+        return lambda x: x
     return lambda x: ops.take(x, np.repeat(np.arange(size), operation.repeats).tolist(), axis=axis)
 
 
