@@ -277,8 +277,7 @@ UNSUPPORTED = {
     "relu_threshold": (lambda: sequential(layers.ReLU(threshold=0.5, name="relu")), "relu"),
     "dilated_transposed": (lambda: sequential(layers.Conv2DTranspose(4, 3, dilation_rate=2, name="up")), "up"),
     "reflect_padding": (lambda: sequential(layers.Lambda(reflect, name="pad")), "pad"),
-    "lstm": (lambda: sequential(layers.LSTM(3, name="memory"), shape=(8, 3)), "memory"),
-    "gru": (lambda: sequential(layers.GRU(3, name="memory"), shape=(8, 3)), "memory"),
+    "masking": (lambda: sequential(layers.Masking(name="memory"), shape=(8, 3)), "memory"),
     "batch_into_axis": (lambda: sequential(layers.Lambda(lambda x: ops.reshape(x, (-1, 3)), name="mix")), "mix"),
 }  # fmt: skip
 
@@ -299,10 +298,10 @@ def test_unsupported_models_are_refused_by_layer_before_training(make, layer):
 
 @pytest.mark.parametrize("make, name", [
     (lambda: layers.BatchNormalization(axis=1, name="mine"), "mine"),
-    (lambda: layers.LSTM(3, name="mine"), "mine"),
+    (lambda: layers.Masking(name="mine"), "mine"),
     (lambda: layers.Conv1D(3, 3, padding="same", name="mine"), None),
     (lambda: layers.Conv1D(3, 3, padding="same", activation="tanh", name="mine"), None),
-], ids=["batch_norm", "lstm", "conv", "conv_tanh"])  # fmt: skip
+], ids=["batch_norm", "masking", "conv", "conv_tanh"])  # fmt: skip
 @pytest.mark.parametrize("style", ["functional", "sequential", "nested"])
 def test_only_layer_of_a_model_keeps_its_name(make, name, style):
     inputs, layer = keras.Input((8, 3), name="series"), make()
