@@ -280,6 +280,9 @@ def _with_folded(rows: list[Row], traced, model) -> list[Row]:
     ]
 
 
+_WITHOUT_SITE = {"same": "as input", "tied": "as input", "index": "-"}  # range kinds of operations without a range
+
+
 def _row(node, prepared: _Prepared) -> Row:
     decided, row = prepared.plan, row_of_node(node)
     operation = getattr(node.operation, "layer", node.operation)
@@ -292,7 +295,7 @@ def _row(node, prepared: _Prepared) -> Row:
     elif id(node) in decided.fused:
         range_kind = f"{site.kind}, fused"
     elif site is None:
-        range_kind = "as input" if decided.kinds[id(node)] == "same" else "behind the activation"
+        range_kind = _WITHOUT_SITE.get(decided.kinds[id(node)], "behind the activation")
     else:
         range_kind = site.kind
     weights = getattr(node.operation, "weight_quantizer", None)

@@ -48,7 +48,8 @@ class Plan:
     Args:
         kinds: Node id → its row's range kind.
         sites: Tensor id → the site behind it.
-        moved: Tensor id → a second site: a fixed range that joins a group of another grid.
+        roots: Tensor id → id of the tensor that it is in the file, where operations of training in between are gone.
+        moved: Root's id → a second site: a fixed range that joins a group of another grid.
         fused: Ids of the nodes whose activation is fused into the op in front.
         behind: Tensor id → the site of the activation that is fused behind it.
         groups: The sites of each group.
@@ -57,6 +58,7 @@ class Plan:
 
     kinds: dict[int, str] = dataclasses.field(default_factory=dict)
     sites: dict[int, Site] = dataclasses.field(default_factory=dict)
+    roots: dict[int, int] = dataclasses.field(default_factory=dict)
     moved: dict[int, Site] = dataclasses.field(default_factory=dict)
     fused: set[int] = dataclasses.field(default_factory=set)
     behind: dict[int, Site] = dataclasses.field(default_factory=dict)
@@ -147,7 +149,7 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         input_ranges: What is known of the inputs, by name.
     """
     flow, groups, first_tied = _Flow(model), _Groups(), {}
-    result = Plan(kinds=flow.kinds)
+    result = Plan(kinds=flow.kinds, roots={key: id(root) for key, root in flow.root.items()})
     for tensor in model.inputs:
         name = tensor._keras_history.operation.name
         limits = input_ranges.get(name)
@@ -183,7 +185,7 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
             "Nothing of the model is left to quantize: its rules leave every layer in float. Expected a rule with None "
             "to match some layers only."
         )
-    _form_groups(result, lambda key: groups.find(id(flow.root[key])), flow.root)
+    _form_groups(result, lambda key: groups.find(result.roots[key]))
     result.products = _groups_of_products(result, flow, groups)
     return result
 
@@ -200,7 +202,7 @@ def _site(node, kind: str) -> Site:
     return Site(node.operation.name, kind if kind in ("fixed", "rounded") else "observed", row.limits)
 
 
-def _form_groups(result: Plan, leader_of, root) -> None:
+def _form_groups(result: Plan, leader_of) -> None:
     """Gives every site its group and its place there.
 
     A fixed range cannot be stretched. Where tensors with such ranges meet others in one group, they keep their range for
@@ -217,7 +219,7 @@ def _form_groups(result: Plan, leader_of, root) -> None:
                 site = result.sites[key]
                 if site.kind == "fixed":
                     second = Site(f"{site.name}.requantized", nonnegative=site.limits[0] == 0)
-                    result.moved[id(root[key])] = second
+                    result.moved[result.roots[key]] = second
                     sites = [second if other is site else other for other in sites]
                     _add_group(result, [site])
         _add_group(result, sites)
@@ -279,7 +281,7 @@ class _Annotator:
         self.fake_quants = _fake_quants(decided.groups)
         self.reused = Reused()
         self.scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid
-        self.seconds: dict[int, object] = {}  # id of an old tensor → its value on the grid of its second site
+        self.seconds: dict[int, object] = {}  # a root's id → its value on the grid of its second site
         self.products: dict[int, dict] = {}  # group → what its tensor is a product of
 
     def rebuilt(self, model: keras.Model) -> keras.Model:
@@ -339,13 +341,14 @@ class _Annotator:
         return tree.map_structure(move, (args, kwargs))
 
     def _second(self, old, value):
-        site = self.plan.moved.get(id(old))
+        root = self.plan.roots[id(old)]
+        site = self.plan.moved.get(root)
         if site is None:
             return value
-        if id(old) not in self.seconds:
+        if root not in self.seconds:
             scaled = Rescale(name=site.name)(value, self.scale_of[id(value)], self._scale_at(site, value))
-            self.seconds[id(old)] = self._on_grid(scaled, site)
-        return self.seconds[id(old)]
+            self.seconds[root] = self._on_grid(scaled, site)
+        return self.seconds[root]
 
 
 def _fake_quants(groups: list[list[Site]]) -> list[FakeQuant]:

@@ -10,6 +10,7 @@ import tflite_export
 
 
 def net():
+    keras.utils.set_random_seed(3)
     inputs = keras.Input((12, 12, 3), name="image")
     x = layers.Conv2D(8, 3, padding="same", use_bias=False, name="stem")(inputs)
     x = layers.ReLU(name="stem_relu")(layers.BatchNormalization(name="stem_bn")(x))
