@@ -98,26 +98,48 @@ def _unpacked(flags) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=size).astype(bool).reshape(shape)
 
 
-@keras.saving.register_keras_serializable("keras_qat")
-class Probabilities(keras.layers.Layer):
-    """`softmax(factor · x)` along the last axis, on a grid that ends at the largest probability.
+class _Wide(keras.layers.Layer):
+    """The base of what computes in 16 bits."""
 
-    An int8 SOFTMAX writes steps of 1/256. Of 64 places that count alike each would get 4 of them: 22 dB. So SOFTMAX writes
-    16 bits here, in steps of 1/65536, and a QUANTIZE brings them to the grid.
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class WideMatmul(_Wide):
+    """A matmul of 16-bit integers: what it reads in 8 bits is brought to 16 on the same scale, which is exact."""
+
+    def call(self, x, y):
+        return ops.matmul(x, y)
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Narrow(_Wide):
+    """Back from 16 bits to 8, on a range of its own."""
+
+    def call(self, x):
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Probabilities(_Wide):
+    """`softmax(factor · x)` along the last axis, in 16 bits.
+
+    An int8 SOFTMAX writes steps of 1/256. Of 64 places that count alike each would get 4 of them: 22 dB. The 16-bit one
+    reads 16 bits too and writes steps of 1/32768. Its look-ups come to within 2 of them.
     """
 
-    STEP = 2.0**-16
+    LIMITS = (0.0, 32767.0 / 32768.0)
 
     def __init__(self, factor: float = 1.0, **kwargs):
-        super().__init__(**{**kwargs, "dtype": "float32"})
+        super().__init__(**kwargs)
         self.factor = float(factor)
 
-    def call(self, x, training=None):
-        exact = ops.softmax(x * self.factor, axis=-1)
-        if training or _calibrating.get():
-            return exact
-        steps = ops.minimum(ops.floor(exact / self.STEP + 0.5), 65535.0)
-        return exact + ops.stop_gradient(steps * self.STEP - exact)
+    def call(self, x):
+        return ops.softmax(x * self.factor, axis=-1)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -45,7 +45,7 @@ class FakeQuant(keras.layers.Layer):
         if isinstance(quantizer, dict):
             quantizer = keras.saving.deserialize_keras_object(quantizer)
         self.quantizer, self.sites = quantizer, tuple(sites)
-        self.spec, self.in_training = Spec(bits), in_training
+        self.spec, self.in_training = Spec(bits, symmetric=bits > 8), in_training
         self.supports_masking = True
 
     def build(self, input_shape):

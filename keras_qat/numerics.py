@@ -33,6 +33,7 @@ def scale_and_zero_point(low, high, spec: Spec):
 
     `scale = (high - low) / (2^bits - 1)`, `zero_point = qmin + clip(round(-low / scale), 0, 2^bits - 1)`: float32
     divisions, rounded half away from zero, as that kernel does it. `low <= 0 <= high` is required (see `widen`).
+    A symmetric grid has `scale = max(-low, high) / qmax` and zero point 0.
 
     Args:
         low, high: Scalars: numpy floats, or tensors.
@@ -41,8 +42,13 @@ def scale_and_zero_point(low, high, spec: Spec):
     Returns:
         `(scale, zero_point)`, numpy float32 and int for numpy input, else float32 tensors.
     """
+    is_numpy = isinstance(low, (float, np.floating))
+    if spec.symmetric and is_numpy:
+        return np.float32(max(-np.float64(low), np.float64(high)) / spec.qmax), 0
+    if spec.symmetric:
+        return ops.cast(ops.cast(ops.maximum(-low, high), "float64") / float(spec.qmax), "float32"), ops.zeros(())
     steps = np.float32(2**spec.bits - 1)
-    if isinstance(low, (float, np.floating)):
+    if is_numpy:
         scale = (np.float32(high) - np.float32(low)) / steps
         zero = np.floor(-np.float32(low) / scale + np.float32(0.5))
         return scale, int(np.clip(zero, 0, steps)) + spec.qmin
@@ -66,14 +72,19 @@ def fake_quant(x, low, high, spec: Spec, nonnegative: bool = False, precise: boo
             at about one in a million of arbitrary real numbers, those next to a tie.
     """
     low, high = tf.stop_gradient(low), tf.stop_gradient(high)
+    if spec.symmetric:
+        high = tf.maximum(-low, high)
+        low = -high
 
     @tf.custom_gradient
     def straight_through(values):
-        rounded = (
-            _fake_quant_in_float64(values, low, high, spec)
-            if precise
-            else tf.quantization.fake_quant_with_min_max_vars(values, low, high, num_bits=spec.bits)
-        )
+        if spec.symmetric:
+            scale, _ = scale_and_zero_point(low, high, spec)
+            rounded = ops.clip(ops.floor(values / scale + 0.5), spec.qmin, spec.qmax) * scale
+        elif precise:
+            rounded = _fake_quant_in_float64(values, low, high, spec)
+        else:
+            rounded = tf.quantization.fake_quant_with_min_max_vars(values, low, high, num_bits=spec.bits)
 
         def gradient(upstream):
             inside = values <= high

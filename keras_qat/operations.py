@@ -24,6 +24,7 @@ from collections.abc import Callable
 import keras
 
 from keras_qat import numerics
+from keras_qat.compounds import Probabilities
 from keras_qat.graph import emit
 from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS
 from keras_qat.graph.walk import key_of
@@ -43,6 +44,7 @@ class Row:
         refuses: `node -> (reason, way out)` for the configurations that TFLite cannot express, else None.
         factors: `(node, scales of its inputs) -> {"factors": scales, ...}`, whose product is the scale of the op's
             accumulator, for an op whose range can be moved so that all kernels round alike (see `FakeQuant.call`).
+        bits: Of the result, where they are more than those of what it reads.
         activation: What a "clamp" is as the fused activation of the op in front of it; None where the grid does it all.
     """
 
@@ -54,6 +56,7 @@ class Row:
     limits: tuple[float, float] | None = None
     refuses: Callable | None = None
     factors: Callable = lambda node, scales: None
+    bits: int = 8
     activation: str | None = None
 
     def range_kind(self, node) -> str:
@@ -106,10 +109,6 @@ def _slices(node):
 
 def _both_inputs(node, scales):
     return {"factors": scales}
-
-
-def _softmax_factors(node, scales):
-    return {"factors": [node.operation.STEP]}
 
 
 def _mean_factors(node, scales):
@@ -328,7 +327,9 @@ OPERATIONS: dict[str, Row] = {
     # inside of normalizations and attention
     "InverseRoot": Row("RSQRT or a look-up", "own", emit.inverse_root),
     "Mask": Row("MINIMUM", "rounded", emit.mask),
-    "Probabilities": Row("SOFTMAX + QUANTIZE", "own", emit.probabilities, factors=_softmax_factors),
+    "Narrow": Row("QUANTIZE", "own", emit.narrow, factors=_both_inputs),
+    "Probabilities": Row("SOFTMAX", "fixed", emit.probabilities, limits=Probabilities.LIMITS, bits=16),
+    "WideMatmul": Row("BATCH_MATMUL", "own", emit.wide_matmul, bits=16),
     "Scores": Row("the end of a grid", "clamp", emit.scores),
     # functions of single numbers
     "Pointwise": Row("look-up", "own", emit.pointwise),

@@ -10,8 +10,9 @@ class Spec:
     """How one kind of tensor is put into integers.
 
     Args:
-        bits: 2 to 8 (16 for activations is not supported by a scheme yet).
-        symmetric: zero point 0, and the range leaves out the lowest integer (-127..127), as TFLite wants of weights.
+        bits: 2 to 8, or 16 (of tensors inside of attention; no scheme asks for it yet).
+        symmetric: zero point 0, and the range leaves out the lowest integer (-127..127), as TFLite wants of weights and
+            of everything in 16 bits.
         per_channel: one scale per output channel instead of one per tensor.
     """
 
@@ -20,8 +21,8 @@ class Spec:
     per_channel: bool = False
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"Spec.bits goes from 2 to 8. Received: bits={self.bits}")
+        if not (2 <= self.bits <= 8 or self.bits == 16):
+            raise ValueError(f"Spec.bits goes from 2 to 8, or is 16. Received: bits={self.bits}")
 
     @property
     def qmin(self) -> int:
@@ -54,6 +55,8 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
         raise ValueError(f"Unknown scheme. Expected one of {sorted(SCHEMES)} or a kq.Scheme. Received: {scheme!r}")
     if found.activations.bits != 8 or found.activations.symmetric:
         raise ValueError(f"Activations are 8-bit and asymmetric in every scheme so far. Received: {found.activations}")
+    if found.weights.bits > 8:
+        raise ValueError(f"Weights have 8 bits at the most. Received: {found.weights}")
     if not found.weights.symmetric:
         raise ValueError(f"TFLite kernels read symmetric weights only. Received: {found.weights}")
     return found

@@ -55,6 +55,10 @@ NORMS = [
 ]
 ATTENTION = [
     Case("multi_head", _self_attention(), (_SHORT,)),
+    Case("multi_head_of_16", lambda x: layers.MultiHeadAttention(4, 16)(x, x), ((16, 64),)),
+    Case("multi_head_of_49", lambda x: layers.MultiHeadAttention(2, 16)(x, x), ((49, 32),)),
+    Case("multi_head_of_128", lambda x: layers.MultiHeadAttention(4, 16)(x, x), ((128, 64),)),
+    Case("multi_head_causal_of_32", _self_attention(use_causal_mask=True), ((32, 32),)),
     Case("multi_head_causal", _self_attention(use_causal_mask=True), (_SHORT,)),
     Case("multi_head_masked", _self_attention(attention_mask=_SOME), (_SHORT,)),
     Case("multi_head_window", _self_attention(sliding_window=3), (_SHORT,)),

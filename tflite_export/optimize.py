@@ -103,20 +103,33 @@ def merge_transposes(program: Program) -> Program:
 
 
 def transpose_in_matmul(program: Program) -> Program:
-    """BATCH_MATMUL can read its second factor with the last two axes swapped."""
-    producers, tensors = program.producers(), program.tensors
+    """BATCH_MATMUL can read its second factor with the last two axes swapped, behind a QUANTIZE of that factor too."""
+    producers, tensors = program.producers(), dict(program.tensors)
     ops = []
     for op in program.ops:
         before = producers.get(op.inputs[1]) if op.kind == "BATCH_MATMUL" else None
-        if before is not None and before.kind == "TRANSPOSE" and not op.options.get("adjY"):
-            order = tensors[before.inputs[1]].data.tolist()
-            rank = len(order)
-            if order == [*range(rank - 2), rank - 1, rank - 2]:
-                op = dataclasses.replace(
-                    op, inputs=[op.inputs[0], before.inputs[0]], options={**op.options, "adjY": True}
+        quantize = before if before is not None and before.kind == "QUANTIZE" else None
+        if quantize is not None:
+            before = producers.get(quantize.inputs[0])
+        if before is not None and _swaps_last_axes(before, tensors) and not op.options.get("adjY"):
+            factor = before.inputs[0]
+            if quantize is not None:
+                twin = dataclasses.replace(
+                    tensors[quantize.outputs[0]], name=f"{op.outputs[0]}/swapped", shape=tensors[factor].shape
                 )
+                tensors[twin.name] = twin
+                ops.append(dataclasses.replace(quantize, inputs=[factor], outputs=[twin.name]))
+                factor = twin.name
+            op = dataclasses.replace(op, inputs=[op.inputs[0], factor], options={**op.options, "adjY": True})
         ops.append(op)
-    return _without_unread_ops(dataclasses.replace(program, ops=ops))
+    return _without_unread_ops(dataclasses.replace(program, ops=ops, tensors=tensors))
+
+
+def _swaps_last_axes(op: Op, tensors) -> bool:
+    if op.kind != "TRANSPOSE":
+        return False
+    order = tensors[op.inputs[1]].data.tolist()
+    return order == [*range(len(order) - 2), len(order) - 1, len(order) - 2]
 
 
 def drop_zero_biases(program: Program) -> Program:

@@ -40,11 +40,16 @@ class Tensor:
     def is_constant(self) -> bool:
         return self.data is not None
 
+    @property
+    def integer_range(self) -> tuple[int, int]:
+        """The lowest and the highest integer of its type."""
+        return _INTEGER_RANGES[self.dtype]
+
     def quantize(self, values: np.ndarray) -> np.ndarray:
         """Real values → this tensor's integers, rounded half up from the lowest one on (computed in float64)."""
         if not self.scale:
             return np.asarray(values).astype(self.dtype)
-        low, high = _INTEGER_RANGES[self.dtype]
+        low, high = self.integer_range
         scale = np.float64(np.float32(self.scale[0]))
         lowest, highest = ((bound - self.zero_point) * scale for bound in (low, high))
         clipped = np.clip(np.asarray(values, np.float32).astype(np.float64), lowest, highest)

@@ -26,6 +26,7 @@ class Site:
         name: Of the operation behind which it stands.
         kind: "observed", "fixed", or "rounded" (on the grid of its group, without a say in it).
         limits: The range, if it is fixed.
+        bits: Of its integers.
         nonnegative: Its values are known to be ≥ 0.
         is_output: It is an output of the model.
         group: Number of the group of tensors that share its grid.
@@ -35,6 +36,7 @@ class Site:
     name: str
     kind: str = "observed"
     limits: Limits | None = None
+    bits: int = 8
     nonnegative: bool = False
     is_output: bool = False
     group: int = -1
@@ -86,8 +88,10 @@ class _Flow:
         self.root = {id(tensor): tensor for tensor in model.inputs}
         self.readers: dict[int, int] = {}
         self.on_grid: set[int] = set()  # ids of the tensors that an integer op reads, or nothing but the outside world
+        self.bits = {id(tensor): 8 for tensor in model.inputs}
         in_float: set[int] = set()
         for node in self.nodes:
+            self.bits.update(dict.fromkeys(map(id, node.outputs), self._bits_of_result(node)))
             is_gone = self.kinds[id(node)] in GONE
             for tensor in node.outputs:
                 self.root[id(tensor)] = self.root[id(node.input_tensors[0])] if is_gone else tensor
@@ -97,6 +101,12 @@ class _Flow:
                 (in_float if is_float else self.on_grid).update(id(self.root[id(x)]) for x in node.input_tensors)
         self.on_grid.update({id(tensor) for tensor in model.inputs} - in_float)
         self._count(model.outputs)
+
+    def _bits_of_result(self, node) -> int:
+        """Layers with weights write what they read, 16 bits for 16 bits; so does all that keeps to a grid."""
+        row, kind = row_of_node(node), self.kinds[id(node)]
+        keeps = kind in (*_SHARING, *GONE, "clamp") or isinstance(node.operation, Quantized)
+        return self.bits[id(node.input_tensors[0])] if keeps else row.bits
 
     def _count(self, tensors):
         for tensor in tensors:
@@ -170,7 +180,7 @@ def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
         if kind == "float" and output in flow.on_grid:
             result.sites[output] = Site(node.operation.name)
         if kind not in ("same", "index", "float", *GONE):
-            result.sites[output] = _site(node, kind)
+            result.sites[output] = dataclasses.replace(_site(node, kind), bits=flow.bits[output])
         if kind == "clamp" and flow.fuses(node):
             (source,) = flow.sources(node)
             del result.sites[source]
@@ -372,4 +382,6 @@ def _fake_quant(sites: list[Site]) -> FakeQuant:
         )
     # Probabilities at the model's output stay exact while training: the loss needs their logarithm.
     in_training = not (first.kind == "fixed" and all(site.is_output for site in sites))
-    return FakeQuant(quantizer, [site.name for site in finding], in_training=in_training, name=f"{first.name}.range")
+    return FakeQuant(
+        quantizer, [site.name for site in finding], first.bits, in_training=in_training, name=f"{first.name}.range"
+    )

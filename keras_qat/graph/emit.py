@@ -112,11 +112,12 @@ def _weights_and_bias(call: Call, kernel: np.ndarray, axis: int, input_name: str
     if call.is_float:
         bias = call.operation.bias if call.operation.use_bias else np.zeros(kernel.shape[axis])
         return [call.constant("weights", kernel, "float32"), call.constant("bias", bias, "float32")]
-    steps = np.asarray(call.weights.step, np.float64)
-    scale = tuple((steps / np.float32(call.program.tensors[input_name].scale[0])).tolist())
+    steps, read = np.asarray(call.weights.step, np.float64), call.program.tensors[input_name]
+    scale = tuple((steps / np.float32(read.scale[0])).tolist())
+    bias_type = "int64" if read.dtype == "int16" else "int32"
     return [
         call.constant("weights", kernel, "int8", scale=scale, axis=axis),
-        call.constant("bias", call.weights.bias, "int32", scale=tuple(steps.tolist()), axis=0),
+        call.constant("bias", call.weights.bias, bias_type, scale=tuple(steps.tolist()), axis=0),
     ]
 
 
@@ -396,18 +397,33 @@ def mask(call: Call) -> None:
         limits = call.constant("mask", np.where(keep, np.finfo("float32").max, -1e9), "float32")
     else:
         grid = call.program.tensors[call.output]
-        integers = np.where(keep, 127, -128)
-        limits = call.constant("mask", integers, "int8", scale=grid.scale, zero_point=grid.zero_point)
+        low, high = grid.integer_range
+        integers = np.where(keep, high, low)
+        limits = call.constant("mask", integers, grid.dtype, scale=grid.scale, zero_point=grid.zero_point)
     call.op("MINIMUM", [call.inputs[0], limits], call.output)
 
 
+def _widened(call: Call, name: str) -> str:
+    """A tensor in 16 bits, on the same scale."""
+    narrow = call.program.tensors[name]
+    if narrow.dtype != "int8":
+        return name
+    wide = dataclasses.replace(narrow, name=f"{name}/wide", dtype="int16", zero_point=0)
+    if wide.name not in call.program.tensors:
+        call.op("QUANTIZE", [name], call.program.add(wide))
+    return wide.name
+
+
 def probabilities(call: Call) -> None:
-    """SOFTMAX in 16 bits, brought to the grid."""
-    if call.is_float:
-        return call.op("SOFTMAX", call.inputs, call.output, beta=call.operation.factor)
-    fine = Tensor(f"{call.output}/fine", call.shape(call.output), "int16", (call.operation.STEP,), -32768)
-    call.op("SOFTMAX", call.inputs, call.program.add(fine), beta=call.operation.factor)
-    call.op("QUANTIZE", [fine.name], call.output)
+    call.op("SOFTMAX", [_widened(call, call.inputs[0])], call.output, beta=call.operation.factor)
+
+
+def wide_matmul(call: Call) -> None:
+    call.op("BATCH_MATMUL", [_widened(call, name) for name in call.inputs], call.output)
+
+
+def narrow(call: Call) -> None:
+    call.op("QUANTIZE", call.inputs, call.output)
 
 
 def scores(call: Call) -> None:

@@ -139,7 +139,7 @@ class _Freezer:
                 shape = (1, *source.shape[1:])
                 self.program.inputs[source.name] = self.program.add(Tensor(source.name, shape, "float32"))
             return self.program.inputs[source.name]
-        if self.program.tensors[source].dtype != "int8":
+        if self.program.tensors[source].dtype not in ("int8", "int16"):
             return source
         if source not in self.floats:
             shape = self.program.tensors[source].shape
@@ -157,7 +157,8 @@ class _Freezer:
             else (1, *like.shape[1:])
         )
         name = value.name if isinstance(value, _Pending) else f"{value}/integers"
-        tensor = self.program.add(Tensor(name, shape, "int8", scale=(float(scale),), zero_point=zero_point))
+        dtype = "int16" if node.operation.spec.bits == 16 else "int8"
+        tensor = self.program.add(Tensor(name, shape, dtype, scale=(float(scale),), zero_point=zero_point))
         if not isinstance(value, _Pending):
             self.program.ops.append(Op("QUANTIZE", [value], [tensor]))
         elif value.node is None:

@@ -1,10 +1,10 @@
-"""Softmaxes that weigh a sum: finer scores for them to read, and finer probabilities."""
+"""Softmaxes that weigh a sum: 16 bits from the scores to what comes of it."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 
-from keras_qat.compounds import Mask, Probabilities, Scores
+from keras_qat.compounds import Mask, Narrow, Probabilities, Scores, WideMatmul
 from keras_qat.graph.walk import Reused, key_of, nodes_of, producers_of, readers_of, rewrite
 from keras_qat.layers import Rescale
 from keras_qat.operations import row_of
@@ -13,29 +13,34 @@ _MOVES = ("Reshape", "ops.ExpandDims", "ops.Reshape", "ops.Squeeze", "ops.Transp
 
 
 def refine_probabilities(model, stays_in_float: Callable = lambda node: False):
-    """`softmax(mask(c · q @ k))` that only matmuls read → `Probabilities` of `Scores`, the factor taken over by the softmax.
+    """`softmax(mask(c · q @ k)) @ v` where only matmuls read the softmax → `Probabilities` of `Scores` between two
+    `WideMatmul`s, the factor taken over by the softmax. `Narrow` ends it, behind the dense layer that follows or at once.
 
-    SOFTMAX's own steps of 1/256 are too coarse for weights of a sum. At the model's output they stay; only a mask has
-    `Scores` in front of it everywhere.
+    SOFTMAX's own steps of 1/256 are too coarse for weights of a sum, and so are 8 bits for the scores and for the sums
+    themselves, most of which are small where many places count alike. At the model's output a softmax stays what it is;
+    only a mask has `Scores` in front of it everywhere.
     """
-    graph, reused = _Graph(producers_of(model), readers_of(model)), Reused()
+    graph, reused = _Graph(producers_of(model), readers_of(model), stays_in_float), Reused()
     softmaxes = [node for node in nodes_of(model) if key_of(node.operation) == "ops.Softmax"]
-    found = [_attention(node, graph, can_change=not stays_in_float(node)) for node in softmaxes]
-    attentions = [attention for attention in found if attention is not None]
+    attentions = [found for found in (_attention(node, graph) for node in softmaxes) if found is not None]
     if not attentions:
         return model
     begins = {id(attention.begin): attention for attention in attentions}
     weights = {id(attention.softmax): attention.factor for attention in attentions if attention.weighs}
     absorbed = {id(node) for attention in attentions if attention.weighs for node in attention.scalings}
+    wide = {id(node) for attention in attentions for node in attention.matmuls}
+    ends = {id(graph.end_of(node)) for attention in attentions for node in attention.sums}
 
     def visit(node, args, kwargs):
         if id(node) in begins:
             args = (_scores(begins[id(node)], args[0], graph), *args[1:])
         if id(node) in absorbed:
             return args[0]
+        name = node.operation.name
         if id(node) in weights:
-            return Probabilities(weights[id(node)], name=node.operation.name)(args[0])
-        return reused[node.operation](*args, **kwargs)
+            return Probabilities(weights[id(node)], name=name)(args[0])
+        result = WideMatmul(name=name)(*args, **kwargs) if id(node) in wide else reused[node.operation](*args, **kwargs)
+        return Narrow(name=f"{name}.narrow")(result) if id(node) in ends else result
 
     return rewrite(model, visit)
 
@@ -46,33 +51,47 @@ class _Attention:
 
     Args:
         softmax: Its node.
-        weighs: Only matmuls read its result, and it is to be replaced.
         begin: The node that is to read `Scores`: the first mask, or else the first that reads the scores.
         scalings: The nodes that multiply with a number between `begin` and the softmax; if it weighs, those in front too.
+        sums: The matmuls that read its result, if they are all that does and none stays in float: it weighs sums.
+        product: The matmul that makes its scores, if it weighs.
     """
 
     softmax: object
-    weighs: bool
     begin: object
     scalings: list
+    sums: list
+    product: object = None
+
+    @property
+    def weighs(self) -> bool:
+        return bool(self.sums)
 
     @property
     def factor(self) -> float:
         return math.prod(node.operation.scalars[0] for node in self.scalings)
 
+    @property
+    def matmuls(self) -> list:
+        return self.sums if self.product is None else [self.product, *self.sums]
 
-def _attention(softmax, graph, can_change: bool) -> _Attention | None:
-    chain, weighs = [softmax, *graph.chain_to(softmax.input_tensors[0])], can_change and graph.only_weighs(softmax)
+
+def _attention(softmax, graph) -> _Attention | None:
+    chain, sums = [softmax, *graph.chain_to(softmax.input_tensors[0])], graph.matmuls_behind(softmax.outputs[0])
+    if any(graph.stays_in_float(node) for node in (*chain, *sums)):
+        sums = []
     masks = [node for node in chain if isinstance(node.operation, Mask)]
-    if not weighs and not masks:
+    if not sums and not masks:
         return None
     begin = (masks or chain)[-1]
     product = graph.lone_producer(chain[-1].input_tensors[0])
-    if not weighs:
+    if product is None or key_of(product.operation) != "ops.Matmul" or graph.stays_in_float(product) or not sums:
+        product = None
+    if not sums:
         chain = chain[: chain.index(begin)]
-    elif product is not None and key_of(product.operation) == "ops.Matmul":
+    elif product is not None:
         chain += [node for factor in product.input_tensors for node in graph.chain_to(factor)]
-    return _Attention(softmax, weighs, begin, [node for node in chain if _is_scaling(node)])
+    return _Attention(softmax, begin, [node for node in chain if _is_scaling(node)], sums, product)
 
 
 def _scores(attention: _Attention, x, graph):
@@ -91,21 +110,36 @@ def _scores(attention: _Attention, x, graph):
 class _Graph:
     producers: dict
     readers: dict
+    stays_in_float: Callable
 
-    def only_weighs(self, node) -> bool:
-        """Whether nothing but matmuls computes with a node's result."""
-        return self._only_in_matmuls(node.outputs[0])
+    def matmuls_behind(self, tensor) -> list:
+        """The matmuls that read a tensor, seen through moves; none if anything else computes with it."""
+        matmuls = []
+        for reader in self.readers.get(id(tensor), []):
+            if reader is None:
+                return []
+            if key_of(reader.operation) == "ops.Matmul":
+                found = [reader]
+            else:
+                found = self.matmuls_behind(reader.outputs[0]) if _passes_on(reader) else []
+            if not found:
+                return []
+            matmuls += found
+        return matmuls
 
-    def _only_in_matmuls(self, tensor) -> bool:
-        found = self.readers.get(id(tensor), [])
-        return bool(found) and all(
-            reader is not None
-            and (
-                key_of(reader.operation) == "ops.Matmul"
-                or (_passes_on(reader) and self._only_in_matmuls(reader.outputs[0]))
-            )
-            for reader in found
-        )
+    def end_of(self, matmul):
+        """The node whose result goes back to 8 bits: the dense layer that alone reads the sums, or the matmul itself."""
+        node = matmul
+        while (reader := self.lone_reader(node)) is not None and _passes_on(reader):
+            node = reader
+        is_dense = reader is not None and key_of(reader.operation) == "Dense" and not self.stays_in_float(reader)
+        if not is_dense or any(_folds(following) for following in self.readers[id(reader.outputs[0])]):
+            return matmul
+        return reader
+
+    def lone_reader(self, node):
+        found = self.readers.get(id(node.outputs[0]), [])
+        return found[0] if len(found) == 1 else None
 
     def chain_to(self, tensor) -> list:
         """The masks, scalings and moves that lead to a tensor, backwards, as long as nothing else reads their results."""
@@ -135,6 +169,13 @@ def _passes_on(node) -> bool:
 
 def _moves(node) -> bool:
     return key_of(node.operation) in _MOVES
+
+
+def _folds(node) -> bool:
+    """Whether it would vanish in the dense layer in front."""
+    return node is not None and (
+        key_of(node.operation) in ("BatchNormalization", "ChannelScale") or row_of(node.operation).range == "clamp"
+    )
 
 
 def _is_scaling(node) -> bool:

@@ -228,7 +228,32 @@ def _run_call(call, composite, args, kwargs):
     if all(id(x) in back for x in tree.flatten(outputs)):
         return None, None, tree.map_structure(lambda x: back[id(x)], outputs)
     used = list({id(x): x for x in originals}.values())
-    return keras.Function([stand_ins[id(x)] for x in used], outputs), used, None
+    begin = [stand_ins[id(x)] for x in used]
+    with _unique_names(begin, outputs):
+        return keras.Function(begin, outputs), used, None
+
+
+@contextlib.contextmanager
+def _unique_names(inputs, outputs):
+    """Different names for all operations between tensors: Keras wants them, people's sub-layers do not always have them."""
+    seen, operations, tensors = {id(x) for x in inputs}, {}, tree.flatten(outputs)
+    while tensors:
+        tensor = tensors.pop()
+        if id(tensor) in seen or not isinstance(tensor, keras.KerasTensor) or not hasattr(tensor, "_keras_history"):
+            continue
+        seen.add(id(tensor))
+        operation, index, _ = tensor._keras_history
+        operations[id(operation)] = operation
+        tensors += operation._inbound_nodes[index].input_tensors
+    before, taken = [(operation, operation.name) for operation in operations.values()], set()
+    try:
+        for operation, name in before:
+            operation.name = unique_name(name, taken)
+            taken.add(operation.name)
+        yield
+    finally:
+        for operation, name in before:
+            operation.name = name
 
 
 @contextlib.contextmanager

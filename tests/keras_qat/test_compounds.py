@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from keras_qat.compounds import InverseRoot, Mask, Probabilities, Scores
-from keras_qat.layers import calibrating
+from keras_qat.layers import FakeQuant, calibrating
+from keras_qat.quantizers import Fixed
 
 _KEEP = np.tri(4, dtype=bool)
 
@@ -69,11 +70,13 @@ def test_scores_end_where_a_softmax_gives_nothing(keep, factor):
         assert np.all(4 * np.exp(factor * (seen[:, ~keep].max() - best)) <= 1 / 256 + 1e-6)
 
 
-def test_probabilities_come_in_16_bits_at_inference_only():
-    layer, x = Probabilities(0.5), _scores()
-    exact = np.asarray(keras.ops.softmax(0.5 * x, axis=-1))
-    np.testing.assert_array_equal(layer(x, training=True), exact)
-    fine = np.asarray(layer(x))
-    np.testing.assert_allclose(fine, exact, atol=2**-17 + 1e-7)
-    np.testing.assert_allclose(fine * 2**16, np.round(fine * 2**16), atol=0.02)
-    assert np.asarray(layer(np.float32([[0.0, -90.0]]))).max() == 1 - 2**-16
+def test_probabilities_on_their_grid():
+    """TFLite wants steps of exactly 1/32768 of a SOFTMAX in 16 bits."""
+    grid = FakeQuant(Fixed(*Probabilities.LIMITS), bits=16)
+    assert grid.parameters() == (np.float32(2**-15), 0)
+    exact = Probabilities(0.5)(_scores())
+    fine, scale = grid(exact)
+    assert float(scale) == 2**-15
+    np.testing.assert_allclose(fine, exact, atol=2**-16 + 1e-7)
+    np.testing.assert_array_equal(fine * 2**15, np.round(fine * 2**15))
+    assert float(np.max(grid(np.float32([[1.0, 0.0]]))[0])) == Probabilities.LIMITS[1]

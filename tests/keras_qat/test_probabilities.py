@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_qat.compounds import Mask, Probabilities, Scores
+from keras_qat.compounds import Mask, Narrow, Probabilities, Scores, WideMatmul
 from keras_qat.graph.probabilities import refine_probabilities
 from keras_qat.graph.walk import key_of, nodes_of
 from keras_qat.layers import ChannelScale
+from keras_qat.primitives import Clamp
 
 _KEEP = np.tri(4, dtype=bool)
 
@@ -56,7 +57,8 @@ def test_factors_are_taken_over(scores):
 
 def test_scores_stand_right_behind_what_writes_them():
     _, refined = _refined(lambda q, k, v: ops.matmul(ops.softmax(Mask(_KEEP)(ChannelScale(0.3)(_product(q, k)))), v))
-    assert _kinds(refined) == ["ops.Transpose", "ops.Matmul", "Scores", "Mask", "Probabilities", "ops.Matmul"]
+    kinds = ["ops.Transpose", "WideMatmul", "Scores", "Mask", "Probabilities", "WideMatmul", "Narrow"]
+    assert _kinds(refined) == kinds
     np.testing.assert_array_equal(_the(refined, Scores).keep, _KEEP)
 
 
@@ -91,7 +93,10 @@ def test_masks_have_scores_in_front_at_the_output_too():
 
 def test_scores_without_a_range_of_their_own_are_copied_for_a_mask():
     _, refined = _refined(lambda q, k, v: ops.matmul(ops.softmax(Mask(_KEEP)(q[:, :, :4])), v))
-    assert _kinds(refined) == ["ops.GetItem", "Rescale", "Scores", "Mask", "Probabilities", "ops.Matmul"]
+    assert _kinds(refined) == [
+        *("ops.GetItem", "Rescale", "Scores", "Mask", "Probabilities"),
+        *("WideMatmul", "Narrow"),
+    ]
 
 
 def test_softmaxes_in_float_stay():
@@ -99,3 +104,29 @@ def test_softmaxes_in_float_stay():
     model = keras.Model(inputs, ops.matmul(ops.softmax(Mask(_KEEP)(inputs * 1.0)), inputs))
     kinds = _kinds(refine_probabilities(model, lambda node: True))
     assert "ops.Softmax" in kinds and "Scores" in kinds
+
+
+@pytest.mark.parametrize(
+    "behind, kinds",
+    [
+        (lambda x: x, ["WideMatmul", "Narrow"]),
+        (lambda x: layers.Dense(3)(ops.reshape(x, (-1, 2, 16))), ["WideMatmul", "ops.Reshape", "Dense", "Narrow"]),
+        (lambda x: Clamp(-1.0, 1.0)(layers.Dense(3)(x)), ["WideMatmul", "Narrow", "Dense", "Clamp"]),
+        (lambda x: layers.Dense(3)(x) + layers.Dense(3)(x), ["WideMatmul", "Narrow", "Dense", "Dense", "ops.Add"]),
+    ],
+    ids=["output", "dense", "dense with an activation", "two dense layers"],
+)
+def test_where_the_sixteen_bits_end(behind, kinds):
+    model, refined = _refined(lambda q, k, v: behind(ops.matmul(ops.softmax(_product(q, k)), v)))
+    assert _kinds(refined)[_kinds(refined).index("Probabilities") + 1 :] == kinds
+    assert all(isinstance(_the(refined, kind), kind) for kind in (Narrow, Probabilities))
+    inputs = [np.random.default_rng(n).normal(0, 1, (3, 4, 8)).astype("float32") for n in range(3)]
+    np.testing.assert_allclose(refined(inputs), model(inputs), atol=1e-4)
+
+
+def test_matmuls_in_float_stay():
+    inputs = keras.Input((4, 4))
+    model = keras.Model(inputs, ops.matmul(ops.softmax(_product(inputs, inputs)), inputs))
+    for kind in ("ops.Matmul", "ops.Softmax"):
+        refined = refine_probabilities(model, lambda node, kind=kind: key_of(node.operation) == kind)
+        assert not any(isinstance(layer, (WideMatmul, Narrow)) for layer in refined.layers)

@@ -256,3 +256,33 @@ def test_inputs_may_be_given_for_a_model_that_never_saw_data():
     model = keras.Sequential([layers.Conv2D(4, 3), layers.Flatten(), layers.Dense(2)])
     flat, problems = flattened(model, inputs=keras.Input((8, 8, 3)))
     assert not problems and flat.input_shape == (None, 8, 8, 3)
+
+
+class TwoOfAName(keras.Layer):
+    """Sub-layers named alike, and one named as an operation of keras.ops is."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [keras.layers.Dense(4, name="part"), keras.layers.Dense(4, name="part")]
+        self.mean = keras.layers.Dense(4, name="mean")
+
+    def build(self, input_shape):
+        for layer in (*self.parts, self.mean):
+            layer.build((*input_shape[:-1], 4))
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x - keras.ops.mean(self.mean(x), axis=1, keepdims=True)
+
+
+def test_names_used_twice_inside_of_a_layer():
+    inputs = keras.Input((5, 4))
+    model = keras.Model(inputs, TwoOfAName(name="two")(inputs))
+    x = np.random.default_rng(0).normal(size=(3, 5, 4)).astype("float32")
+    expected = model(x)
+    flat, problems = flattened(model)
+    assert not problems
+    assert_same(flat(x), expected)
+    layer = model.get_layer("two")
+    assert [part.name for part in (*layer.parts, layer.mean)] == ["part", "part", "mean"]
