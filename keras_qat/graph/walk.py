@@ -63,11 +63,29 @@ def clone(operation, name: str | None = None):
     twin = type(operation).from_config(config)
     twin.trainable = operation.trainable
     if operation.weights:
-        build = operation._build_shapes_dict
+        build, filled = operation._build_shapes_dict, _filled_from(operation, twin)
         twin.build(**build) if build else twin.build_from_config(operation.get_build_config())
+        del twin.add_weight
         for new, old in zip(twin.weights, operation.weights, strict=True):
-            new.assign(old)
+            if id(new) not in filled:
+                new.assign(old)
     return twin
+
+
+def _filled_from(layer, twin) -> set[int]:
+    """Makes a twin's weights begin as those of a layer, which saves drawing random ones first. Gives the ids of those."""
+    add_weight, values, filled = twin.add_weight, {weight.name: weight for weight in layer._trainable_variables + layer._non_trainable_variables}, set()
+
+    def add(*args, name=None, **options):
+        if name in values:
+            options["initializer"] = lambda shape, dtype=None: keras.ops.cast(values[name].value, dtype)
+        variable = add_weight(*args, name=name, **options)
+        if name in values:
+            filled.add(id(variable))
+        return variable
+
+    vars(twin)["add_weight"] = add
+    return filled
 
 
 def key_of(operation) -> str | None:

@@ -416,6 +416,8 @@ def test_what_is_no_built_model_is_refused(make, message, verb):
         ({"scheme": None}, "int8.*Received: None"),
         ({"scheme": kq.Scheme(weights=kq.Spec())}, "symmetric.*Received"),
         ({"scheme": kq.Scheme(activations=kq.Spec(bits=4))}, "Activations.*Received"),
+        ({"scheme": kq.Scheme(activations=kq.Spec(bits=16, symmetric=True))}, "Activations.*Received"),
+        ({"scheme": kq.Scheme(weights=kq.Spec(bits=16, symmetric=True))}, "8 bits at the most.*Received"),
         ({"rules": ["conv"]}, "kq.Rule.*Received: 'conv'"),
         ({"rules": [kq.Rule("conv", "int3")]}, "int8.*Received: 'int3'"),
     ],
@@ -425,7 +427,7 @@ def test_unknown_schemes_and_rules_are_refused(options, message):
         kq.quantize(small(), **options)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 9, 16])
+@pytest.mark.parametrize("bits", [0, 1, 9, 17])
 def test_bits_out_of_range_are_refused(bits):
     with pytest.raises(ValueError, match=f"bits.*Received: bits={bits}"):
         kq.Spec(bits=bits)
