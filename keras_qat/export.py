@@ -77,8 +77,7 @@ def export(
         ExportError: if a runtime disagrees with the model.
     """
     path = _path(path)
-    types = _type_name("input_type", input_type), _type_name("output_type", output_type)
-    content = tflite_export.write(freeze(qat, *types, dynamic_batch, portable))
+    content = tflite_export.write(freeze(qat, input_type, output_type, dynamic_batch, portable))
     samples = _random_inputs(qat) if verify_with is None else input_values(qat, _samples(verify_with))
     parity = tflite_export.verify(content, lambda x: qat.predict(as_called(qat, x), verbose=0), samples, runtimes)
     if not parity.passed:
@@ -91,16 +90,6 @@ def _path(path: str | os.PathLike) -> pathlib.Path:
     if not os.fspath(path):
         raise ValueError("path says where the file goes. Expected a file name like 'model.tflite'. Received: ''")
     return pathlib.Path(path)
-
-
-def _type_name(argument: str, dtype) -> str:
-    """The name of an element type, given as that or as an object of NumPy or TensorFlow."""
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", None))
-    if not isinstance(name, str):
-        raise ValueError(
-            f"{argument} is 'int8', 'uint8' or 'float32', or a type object like np.uint8. Received: {dtype!r}"
-        )
-    return name
 
 
 def _write_atomically(path: pathlib.Path, content: bytes) -> None:

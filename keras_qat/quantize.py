@@ -64,7 +64,7 @@ def quantize(
         raise UnsupportedModelError(prepared.problems)
     if prepared.rules.unused:
         warnings.warn(f"These rules matched no layer: {prepared.rules.unused}", stacklevel=2)
-    return _with_output_names(annotate(prepared.fused, prepared.plan), prepared.output_names)
+    return _with_own_steps(model, _with_output_names(annotate(prepared.fused, prepared.plan), prepared.output_names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +185,28 @@ def _with_output_names(qat, names):
         flat.append(tensor if has_name else keras.layers.Identity(name=taken[-1], dtype="float32")(tensor))
     outputs = tree.pack_sequence_as(qat._outputs_struct, flat)
     return keras.Model(qat._inputs_struct, outputs, name=qat.name)
+
+
+# What a model can have of its own that `fit`, `evaluate` and `predict` call.
+_STEPS = ("train_step", "test_step", "predict_step", "compute_loss", "compute_metrics")
+
+
+def _with_own_steps(model, qat):
+    """The QAT model, of the user's class where that trains its own way and is a functional model but for that."""
+    kind, functional = type(model), type(qat)
+    base = next(cls for cls in kind.__mro__ if cls.__module__.split(".")[0] == "keras")
+    own = [name for name in _STEPS if getattr(kind, name) is not getattr(base, name)]
+    if not own:
+        return qat
+    if issubclass(kind, functional) and kind.__init__ is functional.__init__:
+        return kind(qat._inputs_struct, qat._outputs_struct, name=qat.name)
+    warnings.warn(
+        f"{kind.__name__} has its own {', '.join(own)}, which the QAT model has not: it is a plain functional model, trained "
+        "the way Keras trains one. To keep yours, put it into a subclass of keras.Model without an __init__ and make the "
+        "model to train of that: Trained(qat.inputs, qat.outputs). It saves, freezes and exports as any QAT model.",
+        stacklevel=3,
+    )
+    return qat
 
 
 def _refusals(flat) -> list[Problem]:

@@ -10,6 +10,7 @@ from collections.abc import Container
 import numpy as np
 
 _INTEGER_RANGES = {"int4": (-8, 7), "int8": (-128, 127), "uint8": (0, 255), "int16": (-32768, 32767)}
+_BLOCK = 2**16  # numbers that are quantized at a time: in float64 they are to fit into a cache
 
 
 def unique_name(base: str, taken: Container[str]) -> str:
@@ -52,8 +53,13 @@ class Tensor:
         low, high = self.integer_range
         scale = np.float64(np.float32(self.scale[0]))
         lowest, highest = ((bound - self.zero_point) * scale for bound in (low, high))
-        clipped = np.clip(np.asarray(values, np.float32).astype(np.float64), lowest, highest)
-        return (np.floor((clipped - lowest) / scale + 0.5) + low).astype(self.dtype)
+        values = np.asarray(values, np.float32)
+        integers = np.empty(values.shape, self.dtype)
+        reals, written = values.reshape(-1), integers.reshape(-1)
+        for start in range(0, len(reals), _BLOCK):
+            block = np.clip(reals[start : start + _BLOCK].astype(np.float64), lowest, highest)
+            written[start : start + _BLOCK] = np.floor((block - lowest) / scale + 0.5) + low
+        return integers
 
     def dequantize(self, integers: np.ndarray) -> np.ndarray:
         """This tensor's integers → real values."""

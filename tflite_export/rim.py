@@ -7,14 +7,18 @@ from tflite_export.program import Op, Program, Tensor
 IO_TYPES = ("int8", "uint8", "float32")
 
 
-def with_io_types(program: Program, input_type: str = "int8", output_type: str = "int8") -> Program:
-    """Returns `program` with its quantized inputs and outputs as `input_type` and `output_type`.
+def with_io_types(program: Program, input_type="int8", output_type="int8") -> Program:
+    """Returns `program` with its quantized inputs and outputs as `input_type` and `output_type`: names, or numpy's or
+    TensorFlow's types.
 
     uint8 keeps the integers and shifts them by 128. Inputs and outputs that are not int8 (indices, say) stay as they are.
     """
+    input_type, output_type = _name_of(input_type), _name_of(output_type)
     for name, value in (("input_type", input_type), ("output_type", output_type)):
         if value not in IO_TYPES:
-            raise ValueError(f"{name} is one of {', '.join(IO_TYPES)}. Received: {name}={value!r}")
+            raise ValueError(
+                f"{name} is one of {', '.join(map(repr, IO_TYPES))}, or a type object like np.uint8. Received: {value!r}"
+            )
     if input_type == output_type == "int8":
         return program
     result = dataclasses.replace(
@@ -36,6 +40,11 @@ def with_io_types(program: Program, input_type: str = "int8", output_type: str =
             after.append(Op("DEQUANTIZE" if output_type == "float32" else "QUANTIZE", [name], [outer]))
     result.ops = before + program.ops + after
     return result
+
+
+def _name_of(dtype) -> str:
+    """The name of an element type: "uint8" for `np.uint8`, `np.dtype("uint8")` and `tf.uint8`."""
+    return dtype if isinstance(dtype, str) else getattr(dtype, "name", getattr(dtype, "__name__", dtype))
 
 
 def _outer(program: Program, name: str, dtype: str) -> str | None:

@@ -17,8 +17,8 @@ from tflite_export.program import unique_name
 
 def freeze(
     qat: keras.Model,
-    input_type: str = "int8",
-    output_type: str = "int8",
+    input_type="int8",
+    output_type="int8",
     dynamic_batch: bool = False,
     portable: bool = False,
 ) -> Program:
@@ -26,7 +26,8 @@ def freeze(
 
     Args:
         qat: What `kq.quantize` returned, its ranges observed by training or `kq.calibrate`.
-        input_type, output_type: "int8", "uint8" or "float32" at the rim of the file.
+        input_type, output_type: "int8", "uint8" or "float32" at the rim of the file; or such a type of NumPy or
+            TensorFlow.
         dynamic_batch: The file takes any batch size instead of 1.
         portable: Only ops that TensorFlow Lite Micro has too: GELU, EXP and LOG become look-ups of three ops. The integers
             are the same.

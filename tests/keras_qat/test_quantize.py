@@ -626,3 +626,50 @@ def test_float_models_have_no_layers_to_compare(make, calibrated, target):
 def with_head(model):
     """With the output of the file."""
     return keras.Sequential([model, layers.Flatten(), layers.Dense(3, name="classes")])
+
+
+@keras.saving.register_keras_serializable("keras_qat_tests")
+class Halved(keras.Model):
+    """A functional model with a training step of its own, as Keras's guides show it."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = 0.5 * self.compute_loss(y=y, y_pred=self(x, training=True))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"halved": loss}
+
+
+class HoldsLayers(keras.Model):
+    train_step = Halved.train_step
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+def _fitted(model):
+    model.compile("sgd", "mse")
+    return model.fit(np.ones((8, 4), "float32"), np.ones((8, 3), "float32"), verbose=0).history
+
+
+def test_a_functional_model_keeps_its_train_step(tmp_path):
+    inputs = keras.Input((4,))
+    qat = kq.quantize(Halved(inputs, layers.Dense(3)(inputs)))
+    assert list(_fitted(qat)) == ["halved"]
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.saving.load_model(tmp_path / "qat.keras")
+    assert list(_fitted(loaded)) == ["halved"]
+    kq.export(loaded, tmp_path / "model.tflite", runtimes=("litert",))
+
+
+def test_another_model_is_told_how_to_keep_its_train_step():
+    model = HoldsLayers()
+    model(np.ones((1, 4), "float32"))
+    with pytest.warns(UserWarning, match="HoldsLayers has its own train_step.*qat.inputs, qat.outputs"):
+        qat = kq.quantize(model)
+    assert list(_fitted(qat)) == ["loss"]
+    assert list(_fitted(Halved(qat.inputs, qat.outputs))) == ["halved"]
