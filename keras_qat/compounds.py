@@ -114,6 +114,20 @@ class WideMatmul(_Wide):
 
 
 @keras.saving.register_keras_serializable("keras_qat")
+class TransposedMatmul(keras.layers.Layer):
+    """`x @ transpose(table)`, the table as it is: scores of each of its rows."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+
+    def call(self, x, table):
+        return ops.matmul(x, ops.transpose(table))
+
+    def compute_output_spec(self, x, table):
+        return keras.KerasTensor((*x.shape[:-1], table.shape[0]), "float32")
+
+
+@keras.saving.register_keras_serializable("keras_qat")
 class Narrow(_Wide):
     """Back from 16 bits to 8, on a range of its own."""
 

@@ -320,6 +320,7 @@ OPERATIONS: dict[str, Row] = {
     "InFloat": Row("float", "float", lambda call: emit_in_float(call)),
     # products and reductions
     "ops.Matmul": Row("BATCH_MATMUL", "own", emit.batch_matmul, refuses=_matmuls, factors=_both_inputs),
+    "TransposedMatmul": Row("BATCH_MATMUL", "own", emit.transposed_matmul, factors=_both_inputs),
     "ops.Mean": Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, refuses=_reduces, factors=_mean_factors),
     "ops.Max": Row("REDUCE_MAX", "same", emit.largest, refuses=_reduces),
     "ops.Min": Row("REDUCE_MIN", "same", emit.smallest, refuses=_reduces),

@@ -422,6 +422,10 @@ def wide_matmul(call: Call) -> None:
     call.op("BATCH_MATMUL", [_widened(call, name) for name in call.inputs], call.output)
 
 
+def transposed_matmul(call: Call) -> None:
+    call.op("BATCH_MATMUL", call.inputs, call.output, adjY=True)
+
+
 def narrow(call: Call) -> None:
     call.op("QUANTIZE", call.inputs, call.output)
 

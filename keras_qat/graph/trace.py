@@ -5,13 +5,17 @@ import inspect
 import math
 import re
 import traceback
+import warnings
 
 import keras
+import numpy as np
+import tensorflow as tf
 from keras import ops, tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_losses import collected, with_losses
 from keras_qat.graph.walk import clone, key_of, nodes_of, rebuild
+from keras_qat.primitives import Constant
 from tflite_export.program import unique_name
 
 _HOW_TO_BUILD = "Give it an Input, or call it once on a batch, or pass quantize(..., inputs=keras.Input(shape))."
@@ -90,6 +94,7 @@ class _Tracer:
         self._lowerings: dict[object, tuple] = {}
         self._clones: dict[int, object] = {}
         self._identities: dict[int, object] = {}
+        self._moved: dict[tuple, tuple] = {}
         self._names: set[str] = set()
 
     def visit(self, operation, args, kwargs, path):
@@ -126,6 +131,7 @@ class _Tracer:
 
         def visit(node, inner_args, inner_kwargs):
             inner = node.operation
+            inner_args, inner_kwargs = self._with_moved_weights(composite, inner_args, inner_kwargs)
             if training is not None and getattr(inner, "_call_has_training_arg", False):
                 inner_kwargs = {"training": training, **inner_kwargs}
             # A layer that is just one operation (Add, ReLU) lends it its name, as does a Dense to what is left of it
@@ -135,6 +141,36 @@ class _Tracer:
             return self.visit(inner, inner_args, inner_kwargs, inner_path)
 
         return rebuild(graph, visit, tensors)
+
+    def _with_moved_weights(self, composite, args, kwargs):
+        """Weights that a call transposed or reshaped before it used them are plain tensors by now, and would no longer be
+        learned. Here they become weights again."""
+        if not isinstance(composite, keras.Layer) or not any(isinstance(x, tf.Tensor) for x in tree.flatten((args, kwargs))):
+            return args, kwargs
+
+        def restored(value):
+            if not isinstance(value, tf.Tensor) or not value.dtype.is_floating or value.shape.num_elements() < 2:
+                return value
+            numbers = np.sort(np.ravel(value))
+            for weight in composite.trainable_variables:
+                if np.size(weight) == numbers.size and np.array_equal(np.sort(np.ravel(weight)), numbers):
+                    return self._moved_weight(composite, weight, value)
+            return value
+
+        return tree.map_structure(restored, (args, kwargs))
+
+    def _moved_weight(self, composite, weight, value):
+        key = id(weight), tuple(value.shape)
+        if key not in self._moved:
+            self._moved[key] = (weight, keras.Variable(value, trainable=True, name=weight.name))
+            if all(weight is not own for own in composite._trainable_variables):
+                warnings.warn(
+                    f"Layer {composite.name!r} uses the weight {weight.path!r} of another layer, transposed or reshaped. The "
+                    "QAT model trains the two apart. Embeddings that are read both ways stay one weight as a "
+                    "keras.layers.ReversibleEmbedding.",
+                    stacklevel=2,
+                )
+        return self._moved[key][1]
 
     def _regularized(self, operation, outputs, path):
         """What was opened no longer is the layer that has an `activity_regularizer`; an Identity behind it has it."""
@@ -161,6 +197,8 @@ class _Tracer:
             if id(operation) not in self._clones:
                 self._clones[id(operation)] = (operation, clone(operation, self._unique(path)))
             copy = self._clones[id(operation)][1]
+            if isinstance(copy, Constant) and copy._inbound_nodes:
+                return copy.output  # it is the same tensor wherever it is read
         else:
             copy = clone(operation, self._unique(path))
         return copy(*args, **kwargs)

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qat.compounds import TransposedMatmul
+from keras_qat.graph.lower.weights import dense_of, is_learned
 from keras_qat.primitives import Constant
 
 
@@ -106,6 +108,33 @@ def _embedding(layer, args, kwargs):
     return lambda ids: ops.take(table(ids), ops.cast(ids, "int32"), axis=0)
 
 
+def _reversible_embedding(layer, args, kwargs):
+    """Both ways through one table, if they are tied."""
+    table = Constant(layer.embeddings, trainable=layer.trainable, name="table")
+    options = {"kernel_regularizer": layer.embeddings_regularizer, "kernel_constraint": layer.embeddings_constraint}
+    own = None if layer.tie_weights else dense_of(layer.reverse_embeddings, None, layer.trainable, "reverse", **options)
+    tied, cap = TransposedMatmul(name="reverse"), layer.logit_soft_cap
+
+    def embed(inputs, reverse=False):
+        if not reverse:
+            return ops.take(table(inputs), ops.cast(inputs, "int32"), axis=0)
+        x = inputs if len(inputs.shape) > 2 else ops.expand_dims(inputs, 1)
+        logits = tied(x, table(x)) if own is None else own(x)
+        logits = logits if len(inputs.shape) > 2 else ops.squeeze(logits, 1)
+        return logits if cap is None else ops.tanh(logits / cap) * cap
+
+    return embed
+
+
+def _take(operation, args, kwargs):
+    """From a table: an embedding, written in keras.ops."""
+    table = args[0]
+    if isinstance(table, keras.KerasTensor) or operation.axis != 0:
+        return None
+    table = Constant(np.asarray(table), trainable=is_learned(table), name="table")
+    return lambda _, ids: ops.take(table(ids), ops.cast(ids, "int32"), axis=0)
+
+
 def _softmax(operation, args, kwargs):
     """Along another axis than the last: moved there and back."""
     rank, axis = len(args[0].shape), operation.axis
@@ -119,6 +148,7 @@ def _softmax(operation, args, kwargs):
 RULES = {
     "Embedding": _embedding,
     "RepeatVector": _repeat_vector,
+    "ReversibleEmbedding": _reversible_embedding,
     "ops.Flip": _flip,
     "ops.Moveaxis": _move_axes,
     "ops.Repeat": _repeat,
@@ -127,6 +157,7 @@ RULES = {
     "ops.Softmax": _softmax,
     "ops.Split": _split,
     "ops.Swapaxes": _swap_axes,
+    "ops.Take": _take,
     "ops.Tile": _tile,
     "ops.Unstack": _unstack,
 }
