@@ -38,14 +38,17 @@ class FakeQuant(keras.layers.Layer):
         bits: Of the integers.
         in_training: False leaves the values alone while training. Used for probabilities at the model's output, whose
             loss needs their logarithm.
+        frozen: The range stays as it is in training too, where nothing is searched for it any more.
     """
 
-    def __init__(self, quantizer, sites=("tensor",), bits=8, in_training=True, **kwargs):
+    rounds = True  # False lets values through while a training step runs; ranges are observed all the same
+
+    def __init__(self, quantizer, sites=("tensor",), bits=8, in_training=True, frozen=False, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})
         if isinstance(quantizer, dict):
             quantizer = keras.saving.deserialize_keras_object(quantizer)
         self.quantizer, self.sites = quantizer, tuple(sites)
-        self.spec, self.in_training = Spec(bits, symmetric=bits > 8), in_training
+        self.spec, self.in_training, self.frozen = Spec(bits, symmetric=bits > 8), in_training, frozen
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -90,7 +93,12 @@ class FakeQuant(keras.layers.Layer):
                 self.quantizer.include(x, site)
             low, high = numerics.widen(*self.quantizer.limits(x, site))
             return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
-        low, high = numerics.widen(*self.quantizer.limits(x, site, observe=bool(training) and observe))
+        if training and self.frozen:
+            low, high = numerics.widen(*self.quantizer.known_limits())
+        else:
+            low, high = numerics.widen(*self.quantizer.limits(x, site, observe=bool(training) and observe))
+        if not self.rounds:
+            return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
         if factors is not None:
             low, high, quarter_step = self._snapped(low, high, factors, constant, count)
             x = x + quarter_step * ops.stop_gradient(ops.sign(x))
@@ -129,6 +137,7 @@ class FakeQuant(keras.layers.Layer):
             "sites": self.sites,
             "bits": self.spec.bits,
             "in_training": self.in_training,
+            "frozen": self.frozen,
         }
 
 
@@ -140,10 +149,25 @@ class ChannelScale(keras.layers.Layer):
         kernel: The multipliers, a number or a list with one per channel. `None`: ones.
         bias: The same for the offsets. `None`: zeros.
         trainable: Whether these numbers are learned, as those of a layer normalization are.
+        kernel_regularizer, kernel_constraint, bias_regularizer, bias_constraint: Of the learned numbers.
     """
 
-    def __init__(self, kernel=None, bias=None, trainable=False, **kwargs):
+    def __init__(
+        self,
+        kernel=None,
+        bias=None,
+        trainable=False,
+        kernel_regularizer=None,
+        kernel_constraint=None,
+        bias_regularizer=None,
+        bias_constraint=None,
+        **kwargs,
+    ):
         super().__init__(**{**kwargs, "trainable": trainable, "dtype": "float32"})
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
+        self.kernel_constraint = keras.constraints.get(kernel_constraint)
+        self.bias_regularizer = keras.regularizers.get(bias_regularizer)
+        self.bias_constraint = keras.constraints.get(bias_constraint)
         self.learns = trainable
         self.factors, self.offsets = _compact(kernel, 1.0), _compact(bias, 0.0)
         self.use_bias = bool(np.any(self.offsets != 0)) or (trainable and bias is not None)
@@ -161,13 +185,19 @@ class ChannelScale(keras.layers.Layer):
 
     def build(self, input_shape):
         channels = (int(input_shape[-1]),)
-        self.kernel = self.add_weight(
-            name="kernel", shape=channels, initializer=_constant(self.factors), trainable=self.learns
-        )
+        self.kernel = self._numbers("kernel", channels, self.factors)
         if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias", shape=channels, initializer=_constant(self.offsets), trainable=self.learns
-            )
+            self.bias = self._numbers("bias", channels, self.offsets)
+
+    def _numbers(self, name, shape, values):
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=_constant(values),
+            trainable=self.learns,
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+        )
 
     def call(self, x):
         x = x * self.kernel
@@ -182,6 +212,10 @@ class ChannelScale(keras.layers.Layer):
             "kernel": self.factors.tolist(),
             "bias": self.offsets.tolist() if self.use_bias else None,
             "trainable": self.learns,
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
+            "kernel_constraint": keras.constraints.serialize(self.kernel_constraint),
+            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
+            "bias_constraint": keras.constraints.serialize(self.bias_constraint),
         }
 
 
@@ -200,6 +234,8 @@ def _constant(values):
 
 class GridLayer(keras.layers.Layer):
     """A layer that must know the grids it stands between: `annotate` calls it with the scales of both."""
+
+    rounds = True  # False computes in real values while a training step runs, as if there were no grids
 
     def __init__(self, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})
@@ -228,7 +264,7 @@ class Rescale(GridLayer):
         self.factor = float(factor)
 
     def call(self, x, input_scale=None, output_scale=None):
-        if input_scale is None or _calibrating.get():
+        if input_scale is None or _calibrating.get() or not self.rounds:
             return x * self.factor
         integer, scale, snapped = self.integers(input_scale, output_scale)
         product = x * ops.stop_gradient(integer * scale)
@@ -277,25 +313,38 @@ class Quantized(GridLayer):
         input_scaling: `(multiplier, offset)` that a Rescaling in front of the layer applied to its input, taken over
             here so that the file reads raw values.
         bits, per_channel: How the weights are quantized.
+        frozen_statistics: The batch norm keeps its moving averages in training too, and normalizes with them. Its gamma
+            and beta go on learning.
     """
 
     def __init__(
-        self, layer, channel_axes=(-1,), batch_norm=None, input_scaling=(1.0, 0.0), bits=8, per_channel=True, **kwargs
+        self,
+        layer,
+        channel_axes=(-1,),
+        batch_norm=None,
+        input_scaling=(1.0, 0.0),
+        bits=8,
+        per_channel=True,
+        frozen_statistics=False,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.layer = _deserialized(layer)
         self.batch_norm = _deserialized(batch_norm)
         self.channel_axes, self.input_scaling = tuple(channel_axes), tuple(input_scaling)
         self.weight_quantizer = MaxAbs(bits, per_channel, self.channel_axes, name="weights")
+        self.frozen_statistics = frozen_statistics
 
     def build(self, input_shape, *_):
         if not self.layer.built:
             self.layer.build(input_shape)
         if self.batch_norm is not None and not self.batch_norm.built:
             self.batch_norm.build(self.layer.compute_output_shape(input_shape))
+        if not self.weight_quantizer.built:
+            self.weight_quantizer.build()
 
     def call(self, x, input_scale=None, output_scale=None, training=None):
-        if training or input_scale is None or _calibrating.get():
+        if training or input_scale is None or _calibrating.get() or not self.rounds:
             return self._in_training(x, input_scale, output_scale, training)
         if self._has_penalty(self.layer) or self._has_penalty(self.batch_norm):
             self._in_training(x, input_scale, output_scale, training)  # for its losses
@@ -306,8 +355,10 @@ class Quantized(GridLayer):
         return (sums + 0.25 * integers.snapped * ops.sign(sums)) * integers.step
 
     def _in_training(self, x, input_scale, output_scale, training):
-        scale, _ = self._weight_scale(input_scale, output_scale)
-        kernel = self.weight_quantizer.fake_quant(self.layer.kernel, self._per_kernel(scale))
+        kernel = ops.convert_to_tensor(self.layer.kernel)
+        if self.rounds:
+            scale, _ = self._weight_scale(input_scale, output_scale)
+            kernel = self.weight_quantizer.fake_quant(kernel, self._per_kernel(scale))
         y = self._linear(x, kernel)
         multiplier, offset = self.input_scaling
         if multiplier != 1.0 or offset != 0.0:
@@ -318,9 +369,9 @@ class Quantized(GridLayer):
         if self.batch_norm is None:
             return y
         if training and self.batch_norm.trainable and numerics.can_fuse_batch_norm(self.batch_norm, y):
-            y = numerics.fused_batch_norm(self.batch_norm, y)
+            y = numerics.fused_batch_norm(self.batch_norm, y, self.frozen_statistics)
         else:
-            y = self.batch_norm.call(y, training=training)
+            y = self.batch_norm.call(y, training=training and not self.frozen_statistics)
         self._penalize(self.batch_norm, y)
         return y
 
@@ -405,6 +456,7 @@ class Quantized(GridLayer):
             "input_scaling": self.input_scaling,
             "bits": self.weight_quantizer.spec.bits,
             "per_channel": self.weight_quantizer.spec.per_channel,
+            "frozen_statistics": self.frozen_statistics,
         }
 
 

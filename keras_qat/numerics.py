@@ -115,10 +115,21 @@ def away_from_zero(x, low, high, spec: Spec):
     return x + ops.stop_gradient(ops.where(x >= -zero_point * scale, hair, -hair))
 
 
-def weight_scale(weights, spec: Spec, channel_axes: tuple[int, ...]):
+def levels_of(spec: Spec) -> np.ndarray:
+    """`[qmax, 1 / qmax]`: what the arithmetic of weights wants to know of the number of bits."""
+    return np.array([spec.qmax, 1.0 / spec.qmax], np.float32)
+
+
+def weight_scale(weights, spec: Spec, channel_axes: tuple[int, ...], levels=None):
     """`max|w| / qmax` per output channel (or per tensor), with a floor for channels without any weight.
 
     An empty channel takes the scale of the largest one, which costs nothing and keeps its bias precise.
+
+    Args:
+        weights: Float tensor.
+        spec: The bits, and whether channels have scales of their own.
+        channel_axes: The axes that together number them.
+        levels: A tensor like `levels_of(spec)` where the number of bits changes.
 
     Returns:
         A float32 tensor with as many axes as `weights`, of size 1 where it is shared.
@@ -126,23 +137,25 @@ def weight_scale(weights, spec: Spec, channel_axes: tuple[int, ...]):
     channels = {axis % len(weights.shape) for axis in channel_axes} if spec.per_channel else set()
     shared = [axis for axis in range(len(weights.shape)) if axis not in channels]
     largest = ops.max(ops.abs(weights), axis=shared, keepdims=True)
-    substitute = ops.maximum(ops.max(largest), _SCALE_OF_NOTHING * spec.qmax)
+    qmax, one_part = ops.unstack(levels_of(spec) if levels is None else levels)
+    substitute = ops.maximum(ops.max(largest), _SCALE_OF_NOTHING * qmax)
     # Multiplied, not divided: XLA turns a division by a constant into this, and both must agree to the bit.
-    return ops.where(largest > substitute * 1e-6, largest, substitute) * np.float32(1.0 / spec.qmax)
+    return ops.where(largest > substitute * 1e-6, largest, substitute) * one_part
 
 
-def weight_integers(weights, scale, spec: Spec):
-    """`clip(round_half_even(w / scale), qmin, qmax)`: the integers of the file, as floats."""
-    return ops.clip(ops.round(weights / scale), spec.qmin, spec.qmax)
+def weight_integers(weights, scale, spec: Spec, levels=None):
+    """`clip(round_half_even(w / scale), -qmax, qmax)`: the integers of the file, as floats."""
+    qmax = spec.qmax if levels is None else levels[0]
+    return ops.clip(ops.round(weights / scale), -qmax, qmax)
 
 
-def fake_quant_weights(weights, scale, spec: Spec):
+def fake_quant_weights(weights, scale, spec: Spec, levels=None):
     """`weight_integers · scale`. Gradient: 1, since no weight lies outside of its own range."""
-    weights = tf.convert_to_tensor(weights)
+    weights, levels = tf.convert_to_tensor(weights), None if levels is None else tf.convert_to_tensor(levels)
 
     @tf.custom_gradient
     def straight_through(values):
-        return weight_integers(values, scale, spec) * scale, lambda upstream: upstream
+        return weight_integers(values, scale, spec, levels) * scale, lambda upstream: upstream
 
     return straight_through(weights)
 
@@ -265,7 +278,7 @@ def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization
     return multiplier, offset
 
 
-def fused_batch_norm(batch_norm: keras.layers.BatchNormalization, x):
+def fused_batch_norm(batch_norm: keras.layers.BatchNormalization, x, frozen_statistics: bool = False):
     """A batch norm in training, by TensorFlow's fused kernel: the same numbers as Keras's, in a quarter of the time.
 
     Normalizes with the batch's mean and variance and moves the moving averages towards them.
@@ -273,15 +286,20 @@ def fused_batch_norm(batch_norm: keras.layers.BatchNormalization, x):
     Args:
         batch_norm: The layer, built; see `can_fuse_batch_norm`.
         x: Its input, (batch, height, width, channels).
+        frozen_statistics: Normalizes with the moving averages and leaves them alone.
     """
     channels = x.shape[-1]
     gamma = tf.convert_to_tensor(batch_norm.gamma) if batch_norm.scale else tf.ones((channels,))
     beta = tf.convert_to_tensor(batch_norm.beta) if batch_norm.center else tf.zeros((channels,))
+    averages = batch_norm.moving_mean, batch_norm.moving_variance
+    if frozen_statistics:
+        found = [tf.convert_to_tensor(average) for average in averages]
+        return tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, *found, batch_norm.epsilon, is_training=False)[0]
     y, mean, variance = tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, epsilon=batch_norm.epsilon, is_training=True)
     # The kernel's variance is that of a sample, divided by n - 1; Keras averages the one divided by n.
     count = tf.cast(tf.size(x), "float32") / channels
     variance = variance * ((count - 1.0) / count)
-    for average, value in ((batch_norm.moving_mean, mean), (batch_norm.moving_variance, variance)):
+    for average, value in zip(averages, (mean, variance), strict=True):
         average.assign(average * batch_norm.momentum + value * (1.0 - batch_norm.momentum))
     return y
 

@@ -61,16 +61,25 @@ class Constant(keras.layers.Layer):
         values: Its numbers, or None for a layer whose weight is loaded.
         shape: Of the weight, if there are no values.
         trainable: Whether it is learned.
+        regularizer, constraint: Of the weight.
     """
 
-    def __init__(self, values=None, shape=None, trainable=False, **kwargs):
+    def __init__(self, values=None, shape=None, trainable=False, regularizer=None, constraint=None, **kwargs):
         super().__init__(**{**kwargs, "trainable": trainable, "dtype": "float32"})
+        self.regularizer, self.constraint = keras.regularizers.get(regularizer), keras.constraints.get(constraint)
         self.values = None if values is None else np.asarray(values, "float32")
         self.shape = tuple(shape) if values is None else self.values.shape
 
     def build(self, input_shape=None):
         initializer = "zeros" if self.values is None else lambda shape, dtype=None: ops.convert_to_tensor(self.values)
-        self.value = self.add_weight(name="value", shape=self.shape, initializer=initializer, trainable=self.trainable)
+        self.value = self.add_weight(
+            name="value",
+            shape=self.shape,
+            initializer=initializer,
+            trainable=self.trainable,
+            regularizer=self.regularizer,
+            constraint=self.constraint,
+        )
 
     def call(self, x):
         return ops.convert_to_tensor(self.value)
@@ -79,7 +88,13 @@ class Constant(keras.layers.Layer):
         return keras.KerasTensor(self.shape, "float32")
 
     def get_config(self):
-        return {**super().get_config(), "shape": self.shape, "trainable": self.trainable}
+        return {
+            **super().get_config(),
+            "shape": self.shape,
+            "trainable": self.trainable,
+            "regularizer": keras.regularizers.serialize(self.regularizer),
+            "constraint": keras.constraints.serialize(self.constraint),
+        }
 
 
 @keras.saving.register_keras_serializable("keras_qat")
@@ -106,23 +121,32 @@ class InFloat(keras.layers.Layer):
 
     Args:
         operation: A layer, or an operation of keras.ops.
+        frozen_statistics: A batch norm keeps its moving averages in training too (see `Quantized`).
     """
 
-    def __init__(self, operation, **kwargs):
+    def __init__(self, operation, frozen_statistics=False, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})
         self.operation = keras.saving.deserialize_keras_object(operation) if isinstance(operation, dict) else operation
+        self.frozen_statistics = frozen_statistics
+
+    @property
+    def batch_norm(self) -> keras.layers.BatchNormalization | None:
+        return self.operation if isinstance(self.operation, keras.layers.BatchNormalization) else None
 
     def build(self, *args, **kwargs):
         """The operation was built before it came in here."""
 
     def call(self, *args, **kwargs):
+        if self.frozen_statistics:
+            kwargs["training"] = False
         return self.operation(*args, **kwargs)
 
     def compute_output_spec(self, *args, **kwargs):
         return self.operation.compute_output_spec(*args, **kwargs)
 
     def get_config(self):
-        return {**super().get_config(), "operation": keras.saving.serialize_keras_object(self.operation)}
+        operation = keras.saving.serialize_keras_object(self.operation)
+        return {**super().get_config(), "operation": operation, "frozen_statistics": self.frozen_statistics}
 
 
 @keras.saving.register_keras_serializable("keras_qat")
@@ -147,7 +171,7 @@ class Slope(GridLayer):
         )
 
     def call(self, x, input_scale=None, output_scale=None):
-        if input_scale is None:
+        if input_scale is None or not self.rounds:
             return ops.where(x >= 0, x, x * self.slopes)
         integers, scale = self.integers(input_scale, output_scale)
         product = x * (self.slopes + ops.stop_gradient(integers * scale - self.slopes))

@@ -1,4 +1,5 @@
-"""How sparse a model is to be at a step: schedules are functions of the step, for numbers, arrays and tensors alike.
+"""How sparse a model is to be at a step, or how many bits its weights have: schedules are functions of the step, for
+numbers, arrays and tensors alike.
 
 `schedule(step)` is the sparsity, `schedule.due(step)` tells whether the masks are chosen anew at that step. Steps count
 what the optimizer has done: step 0 is before the first one.
@@ -26,8 +27,8 @@ class Schedule:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in _SPARSITIES:
-                _check_sparsity(f"{type(self).__name__}.{field.name}", value)
+            if field.name in _VALUES:
+                _check_value(f"{type(self).__name__}.{field.name}", value)
         if self.end == -1:
             object.__setattr__(self, "end", None)
         if self.begin < 0 or not (self._can_be_endless if self.end is None else self.begin <= self.end):
@@ -61,12 +62,22 @@ class Schedule:
         )
 
 
-_SPARSITIES = {"sparsity", "initial", "final", "low", "high"}
+_VALUES = ("sparsity", "initial", "final", "low", "high")
 
 
-def _check_sparsity(name, value) -> None:
-    if not isinstance(value, (int, float, np.number)) or not 0.0 <= value < 1.0:
-        raise ValueError(f"{name} is a share of the weights: at least 0, below 1. Received: {value!r}")
+def _check_value(name, value) -> None:
+    if not isinstance(value, (int, float, np.number)) or not (_is_sparsity(value) or _is_bits(value)):
+        raise ValueError(
+            f"{name} is a share of the weights, at least 0 and below 1, or a number of bits, 2 to 8. Received: {value!r}"
+        )
+
+
+def _is_sparsity(value) -> bool:
+    return 0.0 <= value < 1.0
+
+
+def _is_bits(value) -> bool:
+    return 2.0 <= value <= 8.0
 
 
 def _progress(step, begin, end):
@@ -86,7 +97,7 @@ class Constant(Schedule):
 
     _can_be_endless: ClassVar[bool] = True
 
-    sparsity: float
+    sparsity: float  # or the number of bits
     begin: int = 0
     end: int | None = None
     frequency: int | None = None
@@ -314,6 +325,31 @@ def adapt(schedule) -> Schedule:
     if name == "PolynomialDecay":
         return Polynomial(schedule.initial_sparsity, schedule.final_sparsity, power=schedule.power, **span)
     return Foreign(schedule)
+
+
+def of_sparsity(schedule) -> Schedule:
+    """`adapt`, and nothing but shares of the weights in it."""
+    adapted = adapt(schedule)
+    if not all(map(_is_sparsity, _values_of(adapted))):
+        raise ValueError(f"A sparsity is a share of the weights: at least 0, below 1. Received: {schedule!r}")
+    return adapted
+
+
+def of_bits(schedule) -> Schedule:
+    """`adapt`, and nothing but numbers of bits in it."""
+    adapted = adapt(schedule)
+    if isinstance(adapted, Foreign) or not all(map(_is_bits, _values_of(adapted))):
+        raise ValueError(
+            f"Weights have 2 to 8 bits. Expected a schedule between them, or a number. Received: {schedule!r}"
+        )
+    return adapted
+
+
+def _values_of(schedule: Schedule) -> list[float]:
+    """The ends of what a schedule can give."""
+    if isinstance(schedule, Joined):
+        return [value for each in schedule.schedules for value in _values_of(each)]
+    return [getattr(schedule, field.name) for field in dataclasses.fields(schedule) if field.name in _VALUES]
 
 
 def last_chosen(schedule: Schedule, step: int):

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_qat.callbacks.train_function import StepCallback, TrainFunction, core_of
+from keras_qat.callbacks.train_function import StepCallback, TrainFunction
 from keras_qat.pruning.masks import Masks, zero_share
 from keras_qat.pruning.patterns import Pattern, Weights
 from keras_qat.pruning.targets import Policy, Target, find_targets, policy_of
@@ -90,14 +90,14 @@ class Pruning(StepCallback):
         super().set_model(model)
         if getattr(model, "optimizer", None) is not None:
             # Now, because in `on_train_begin` BackupAndRestore may already have put the clock forward.
-            self._clock_before, self._zeros_before = self._clock(), zero_share(model)
+            self._clock_before, self._zeros_before = self.clock(), zero_share(model)
 
     def prepare(self):
         self.targets = find_targets(self.model, self.policy, self.rules)
         self._check_others()
         schedules = {id(target.policy): self._in_steps(target.policy.schedule) for target in self.targets}
         self._find_origin(self.targets[0].policy, schedules[id(self.targets[0].policy)])
-        self.step = self._clock() - self._origin
+        self.step = self.clock() - self._origin
         self._warn_if_too_short(schedules.values())
         by_policy: dict[int, list[Target]] = {}
         for target in self.targets:
@@ -116,22 +116,8 @@ class Pruning(StepCallback):
             masks.begin(self.step, was_pruned=self.step > 0)
         self._enforce()
 
-    def _clock(self) -> int:
-        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
-
     def _in_steps(self, schedule: Schedule) -> Schedule:
-        if self.unit == "steps":
-            return schedule
-        batches = (self.params or {}).get("steps")
-        if batches is None:
-            raise ValueError(
-                "With unit='epochs' the length of an epoch has to be known, and this dataset does not tell it. Give fit "
-                "steps_per_epoch, or a schedule in steps."
-            )
-        return schedule.in_steps(batches / self._batches_per_step())
-
-    def _batches_per_step(self) -> int:
-        return core_of(self.model.optimizer).gradient_accumulation_steps or 1
+        return schedule if self.unit == "steps" else schedule.in_steps(self.steps_per_epoch())
 
     def _find_origin(self, policy, schedule) -> None:
         """At which count of the optimizer's clock pruning began."""
@@ -142,14 +128,13 @@ class Pruning(StepCallback):
                 reached = policy.pattern.sparsity_at
                 self.step = resume(schedule, before, self._zeros_before, reached) if pruned_by_another else 0
             self._origin = before - self.step if before else -(self.initial_step or 0)
-        elif self._clock() == before == 0:
+        elif self.clock() == before == 0:
             # A new clock: compiled anew, or what became of the model (quantized, say). Without zeros it is another one.
             goes_on = self._zeros_before > 0.005 or (self._pruned is not None and self._pruned() is self.model)
             self._origin = -self.step if goes_on else 0
 
     def _warn_if_too_short(self, schedules) -> None:
-        epochs, batches = (self.params or {}).get("epochs"), (self.params or {}).get("steps")
-        last = self.step + epochs * batches // self._batches_per_step() if epochs and batches else None
+        last = self.last_step(self.step)
         ends = [schedule.end for schedule in schedules if schedule.end is not None]
         if last is not None and ends and max(ends) > last:
             warnings.warn(
@@ -202,10 +187,10 @@ class Pruning(StepCallback):
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
-        self.step = self._clock() - self._origin
+        self.step = self.clock() - self._origin
 
     def on_train_end(self, logs=None):
         super().on_train_end(logs)
         if self._masks:
             self._enforce()  # an optimizer with use_ema has just overwritten the weights with averages
-            self.step = self._clock() - self._origin
+            self.step = self.clock() - self._origin

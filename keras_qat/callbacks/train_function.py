@@ -26,6 +26,14 @@ class StepCallback(keras.callbacks.Callback):
     def begin(self) -> None:
         """Then, when all callbacks are prepared and none has complained: what is to change before the first step."""
 
+    def next_stage(self) -> bool:
+        """Before each run of the train function, which is `steps_per_execution` steps: whether it is to be traced anew."""
+        return False
+
+    def around_step(self):
+        """A context that holds while a step is traced or run, and only then."""
+        return contextlib.nullcontext()
+
     def admits(self, gradients):
         """Whether the optimizer may take a step on these gradients: a tensor, or None if it may anyway."""
 
@@ -39,6 +47,28 @@ class StepCallback(keras.callbacks.Callback):
     def epoch_logs(self) -> dict[str, float]:
         """What the epoch so far adds to its logs."""
         return {}
+
+    def clock(self) -> int:
+        """How many steps the optimizer has done."""
+        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
+
+    def steps_per_epoch(self) -> float:
+        """How many steps the optimizer does in an epoch, for schedules in epochs."""
+        batches = (self.params or {}).get("steps")
+        if batches is None:
+            raise ValueError(
+                "With unit='epochs' the length of an epoch has to be known, and this dataset does not tell it. Give fit "
+                "steps_per_epoch, or a schedule in steps."
+            )
+        return batches / self._batches_per_step()
+
+    def last_step(self, now: int) -> int | None:
+        """The step at which this `fit` ends, if it begins with step `now`; None if nobody knows."""
+        epochs, batches = (self.params or {}).get("epochs"), (self.params or {}).get("steps")
+        return now + epochs * batches // self._batches_per_step() if epochs and batches else None
+
+    def _batches_per_step(self) -> int:
+        return core_of(self.model.optimizer).gradient_accumulation_steps or 1
 
     def on_train_begin(self, logs=None):
         if getattr(self.model, "optimizer", None) is None:
@@ -103,6 +133,9 @@ class TrainFunction:
     def __call__(self, iterator):
         if not self._prepared:
             self._prepare(iterator)
+        news = [callback.next_stage() for callback in self.callbacks]
+        if any(news):
+            self._rebuild()
         with self._hooks():
             logs = self._function(iterator)
         self.calls += 1
@@ -127,11 +160,13 @@ class TrainFunction:
         outer = self.model.optimizer
         core = core_of(outer)
         with contextlib.ExitStack() as stack:
+            for callback in self.callbacks:
+                stack.enter_context(callback.around_step())
             if isinstance(core, keras.optimizers.MultiOptimizer):
-                stack.enter_context(_replaced(core, "apply", self._changing_all(core)))
+                stack.enter_context(replaced(core, "apply", self._changing_all(core)))
             else:
-                stack.enter_context(_replaced(core, "_all_reduce_sum_gradients", self._changing(core)))
-            stack.enter_context(_replaced(outer, "apply", self._guarding(outer)))
+                stack.enter_context(replaced(core, "_all_reduce_sum_gradients", self._changing(core)))
+            stack.enter_context(replaced(outer, "apply", self._guarding(outer)))
             yield
 
     def _changing(self, optimizer):
@@ -200,7 +235,7 @@ def core_of(optimizer):
 
 
 @contextlib.contextmanager
-def _replaced(owner, name, value):
+def replaced(owner, name, value):
     """Gives an object an attribute of its own for a while. Past `__setattr__`, where Keras would track it."""
     own, before = vars(owner), vars(owner).get(name)
     own[name] = value

@@ -311,7 +311,9 @@ class _Annotator:
         if product is not None and site.group in self.plan.products:
             self.products.setdefault(site.group, product)
         if isinstance(node.operation, Clamp) and id(node) not in self.plan.fused:
-            result = Rescale(name=node.operation.name)(args[0], scales[0], self._scale_at(site, args[0]))
+            # Its grid ends where it does, but calibration and the time before quantization know no grids.
+            result = Rescale(name=f"{node.operation.name}.copy")(args[0], scales[0], self._scale_at(site, args[0]))
+            result = self.reused[node.operation](result)
         elif isinstance(node.operation, GridLayer):
             result = self.reused[node.operation](args[0], scales[0], self._scale_at(site, args[0]), **kwargs)
         else:

@@ -162,7 +162,9 @@ class _Tracer:
     def _moved_weight(self, composite, weight, value):
         key = id(weight), tuple(value.shape)
         if key not in self._moved:
-            self._moved[key] = (weight, keras.Variable(value, trainable=True, name=weight.name))
+            variable = keras.Variable(value, trainable=True, name=weight.name)
+            variable.regularizer = weight.regularizer
+            self._moved[key] = (weight, variable)
             if all(weight is not own for own in composite._trainable_variables):
                 warnings.warn(
                     f"Layer {composite.name!r} uses the weight {weight.path!r} of another layer, transposed or reshaped. The "

@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_qat.graph.walk import nodes_of
 from keras_qat.layers import Quantized
+from keras_qat.pruning.channel_table import attention_roles
 from keras_qat.weighted import Layout, layout_of, weighted_layers
 from tflite_export.table import table
 
@@ -143,10 +144,21 @@ def _positions(model) -> dict[int, int]:
         graph = graph._functional if isinstance(graph, keras.Sequential) else graph
         for node in nodes_of(graph) if hasattr(graph, "_nodes_by_depth") else ():
             layer = getattr(node.operation, "layer", node.operation)
-            count = _positions_of_call(layer, node.input_tensors[0].shape, node.outputs[0].shape)
-            if count is not None:
-                found[id(layer)] = found.get(id(layer), 0) + count
+            for inner, count in _positions_in(layer, node):
+                if count is not None:
+                    found[id(inner)] = found.get(id(inner), 0) + count
     return found
+
+
+def _positions_in(layer, node) -> list[tuple]:
+    """A layer with how often each of its weights is multiplied in a call; for attention, the layers inside of it."""
+    if not isinstance(layer, keras.layers.MultiHeadAttention):
+        return [(layer, _positions_of_call(layer, node.input_tensors[0].shape, node.outputs[0].shape))]
+    tensors = attention_roles(node)
+    shapes = {role: tensor.shape[1:-1] for role, tensor in {**tensors, "output": tensors["query"]}.items()}
+    return [
+        (getattr(layer, f"{role}_dense"), None if None in shape else math.prod(shape)) for role, shape in shapes.items()
+    ]
 
 
 def _positions_of_call(layer, input_shape, output_shape) -> int | None:
@@ -156,8 +168,12 @@ def _positions_of_call(layer, input_shape, output_shape) -> int | None:
         sizes = {**dict(zip(output, output_shape, strict=False)), **dict(zip(inputs, input_shape, strict=False))}
         shape = [size for letter, size in list(sizes.items())[1:] if letter not in kernel]
         return None if "." in layer.equation or None in shape else math.prod(shape)
+    if isinstance(layer, keras.layers.Embedding):
+        return 0
     if isinstance(layer, keras.layers.Dense):
         shape = output_shape[1:-1]
+    elif isinstance(layer, keras.layers.PReLU):
+        shape = [size for size, weights in zip(output_shape[1:], layer.alpha.shape, strict=True) if weights != size]
     elif "Conv" in type(layer).__name__:
         # A transposed convolution spreads each input out, the others gather each output.
         shape = input_shape if "Transpose" in type(layer).__name__ else output_shape

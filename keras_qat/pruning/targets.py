@@ -10,7 +10,7 @@ from keras_qat.graph.walk import nodes_of, producers_of, readers_of
 from keras_qat.layers import Quantized
 from keras_qat.pruning import criteria
 from keras_qat.pruning.patterns import Channels, NofM, Pattern, Weights
-from keras_qat.schedules import Schedule, adapt
+from keras_qat.schedules import Schedule, of_sparsity
 from keras_qat.spec import Rule
 from keras_qat.weighted import (
     Layout,
@@ -61,7 +61,7 @@ class Policy:
         """With the default's values where this one has none, and checked."""
         own = {name: value for name, value in vars(self).items() if value is not None}
         full = dataclasses.replace(default, **own)
-        full = dataclasses.replace(full, schedule=adapt(full.schedule))
+        full = dataclasses.replace(full, schedule=of_sparsity(full.schedule))
         criteria.resolve(full.criterion)
         if not isinstance(full.pattern, Pattern):
             raise ValueError(
@@ -88,7 +88,7 @@ def policy_of(value, default: Policy) -> Policy | None:
     if isinstance(value, Pattern):
         value = Policy(pattern=value)
     elif not isinstance(value, Policy):
-        value = Policy(schedule=adapt(value))
+        value = Policy(schedule=of_sparsity(value))
     return value.over(default)
 
 

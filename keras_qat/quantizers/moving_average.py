@@ -68,7 +68,7 @@ class MovingAverage(keras.layers.Layer):
             variable.assign(ops.zeros_like(variable))
 
     def was_observed(self) -> bool:
-        return all(float(count) > 0 for count in self.batches)
+        return all(ops.convert_to_numpy(count) > 0 for count in self.batches)
 
     def _range_of(self, x, site):
         low = ops.zeros(()) if self.nonnegative[site] else ops.min(x)

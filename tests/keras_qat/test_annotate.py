@@ -211,3 +211,12 @@ def test_probabilities_at_the_output_are_left_alone_in_training():
     qat = qat_of(lambda x: layers.Softmax(name="softmax")(conv()(x)), then=layers.Identity)
     on_grid = lambda y: np.mean(np.asarray(y) * 256 % 1 == 0)
     assert on_grid(qat(x, training=True)) < 0.5 and on_grid(qat(x, training=False)) == 1
+
+
+def test_calibration_sees_what_a_limit_of_its_own_leaves():
+    """Nothing but its grid limits it in integers, and calibration rounds to no grid."""
+    inputs = keras.Input((4,))
+    outputs = layers.Concatenate()([ops.clip(inputs, -0.5, 0.25) * 4.0, inputs])
+    qat = kq.calibrate(kq.quantize(keras.Model(inputs, outputs)), np.array([[-1.0, 1.0, 0.0, 0.5]], "float32"))
+    shared = next(layer for layer in qat.layers if isinstance(layer, FakeQuant) and len(layer.sites) == 2)
+    assert [float(end) for end in shared.quantizer.known_limits()] == [-2.0, 1.0]

@@ -168,3 +168,57 @@ def test_float_model_keeps_its_losses():
     kq.quantize(model)
     np.testing.assert_array_equal(losses_of(model, x), before)
     assert not [layer for layer in model._flatten_layers() if "add_loss" in vars(layer)]
+
+
+@keras.saving.register_keras_serializable("keras_qat_tests")
+class OwnWeights(layers.Layer):
+    """One weight for each way in which code uses weights: multiplied, added, in a product, in an einsum."""
+
+    def build(self, input_shape):
+        for name, shape in (("gain", (8,)), ("places", (5, 8)), ("kernel", (8, 8)), ("mix", (8, 2, 4))):
+            options = {"regularizer": "l2", "constraint": "non_neg", "initializer": "random_normal"}
+            setattr(self, name, self.add_weight(shape=shape, name=name, **options))
+
+    def call(self, x):
+        x = ops.matmul(x * self.gain + self.places, self.kernel)
+        return ops.einsum("abc,cde->abde", x, self.mix)
+
+
+_SERIES = (5, 8)
+_PENALTIES = {"gamma_regularizer": "l1", "beta_regularizer": "l2", "gamma_constraint": "non_neg"}
+_PENALIZED_WEIGHTS = {
+    "dense": (layers.Dense(3, kernel_regularizer="l2", bias_regularizer="l1", kernel_constraint="non_neg"), _SERIES),
+    "einsum": (layers.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d", kernel_regularizer="l1"), _SERIES),
+    "layer norm": (layers.LayerNormalization(**_PENALTIES), _SERIES),
+    "group norm": (layers.GroupNormalization(2, **_PENALTIES), _SERIES),
+    "batch norm": (layers.BatchNormalization(**_PENALTIES), _SERIES),
+    "separable": (layers.SeparableConv1D(4, 3, depthwise_regularizer="l2", pointwise_regularizer="l1"), _SERIES),
+    "recurrent": (layers.LSTM(4, kernel_regularizer="l2", recurrent_regularizer="l1"), _SERIES),
+    "attention": (layers.GroupQueryAttention(4, 2, 1, kernel_regularizer="l2", bias_regularizer="l1"), _SERIES),
+    "own weights": (OwnWeights(), _SERIES),
+}
+
+
+@pytest.mark.parametrize("layer, shape", _PENALIZED_WEIGHTS.values(), ids=_PENALIZED_WEIGHTS)
+def test_regularizers_and_constraints_of_weights(layer, shape, tmp_path):
+    inputs = keras.Input(shape)
+    is_attention = isinstance(layer, layers.GroupQueryAttention)
+    model = keras.Model(inputs, layer(inputs, inputs) if is_attention else layer(inputs))
+    for number, weight in enumerate(model.trainable_weights):  # no zeros, whose penalty nothing could tell from none
+        weight.assign(np.random.default_rng(number).normal(0.1, 0.3, weight.shape))
+    qat = kq.quantize(model)
+    qat.save(tmp_path / "qat.keras")
+    for one in (qat, keras.saving.load_model(tmp_path / "qat.keras")):
+        np.testing.assert_allclose(float(sum(one.losses)), float(sum(model.losses)), rtol=1e-5)
+        count = [sum(weight.constraint is not None for weight in m.trainable_weights) for m in (one, model)]
+        assert count[0] == count[1]
+    assert model.losses
+
+
+def test_regularizer_of_an_embedding():
+    words = keras.Input((5,), dtype="int32")
+    embedding = layers.Embedding(20, 8, embeddings_regularizer="l2", embeddings_constraint="non_neg")
+    model = keras.Model(words, embedding(words))
+    qat = kq.quantize(model)
+    np.testing.assert_allclose(float(sum(qat.losses)), float(sum(model.losses)), rtol=1e-5)
+    assert qat.trainable_weights[0].constraint is not None

@@ -225,6 +225,24 @@ def test_weights_are_rounded_per_output_channel(shape, channel_axes, shared, bit
     np.testing.assert_array_equal(numerics.fake_quant_weights(weights, scale, spec), integers * scale)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bits_as_a_tensor_give_the_same_to_the_bit(bits):
+    """Training in XLA with bits that a schedule moves, and the integers that are written."""
+    weights = np.random.default_rng(bits).normal(size=(64, 64)).astype("float32")
+    spec = Spec(bits, symmetric=True, per_channel=True)
+    scale = numerics.weight_scale(weights, spec, (-1,))
+    expected = [scale, numerics.weight_integers(weights, scale, spec)]
+
+    def on_tensors(weights, levels):
+        scale = numerics.weight_scale(weights, spec, (-1,), levels)
+        return scale, numerics.weight_integers(weights, scale, spec, levels)
+
+    for jit_compile in (False, True):
+        found = tf.function(on_tensors, jit_compile=jit_compile)(weights, tf.constant(numerics.levels_of(spec)))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_gradient_of_weights_is_straight_through():
     weights, upstream = np.random.default_rng(0).normal(size=(2, 5, 4)).astype("float32")
     variable = tf.Variable(weights)
@@ -418,3 +436,24 @@ def test_batch_norm_as_multiplier_and_offset(scale, center):
     x = generator.normal(size=(9, 6)).astype("float32")
     multiplier, offset = numerics.batch_norm_multiplier_and_offset(layer)
     np.testing.assert_allclose(x * multiplier + offset, layer(x, training=False), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("scale, center", [(True, True), (False, True), (True, False)])
+def test_fused_batch_norm_does_what_keras_does(scale, center, frozen):
+    generator = np.random.default_rng(0)
+    x = tf.constant(generator.normal(size=(9, 5, 5, 6)) * 3 + 1, tf.float32)
+    upstream = tf.constant(generator.normal(size=x.shape), tf.float32)
+    found = []
+    for fused in (False, True):
+        layer = keras.layers.BatchNormalization(scale=scale, center=center, momentum=0.7)
+        layer.build(x.shape)
+        for weight, values in zip(layer.weights, np.random.default_rng(1).uniform(0.2, 2, (4, 6)), strict=False):
+            weight.assign(values)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = numerics.fused_batch_norm(layer, x, frozen) if fused else layer(x, training=not frozen)
+        gradients = tape.gradient(y, [x, *(weight.value for weight in layer.trainable_weights)], upstream)
+        found.append([y, *gradients, *layer.weights])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -233,6 +233,10 @@ BAD = {
     "boundary_order": lambda: schedules.join([OneShot(0.5)] * 3, [20, 10]),
     "no_schedule": lambda: schedules.adapt("soon"),
     "no_end": lambda: Polynomial(0.0, 0.5, 0, None),
+    "neither_share_nor_bits": lambda: Constant(1.5),
+    "too_many_bits": lambda: Polynomial(16, 8, 0, 10),
+    "bits_as_a_sparsity": lambda: schedules.of_sparsity(schedules.join([Constant(0.5), OneShot(4)], [9])),
+    "sparsity_as_bits": lambda: schedules.of_bits(Polynomial(8, 0.5, 0, 10)),
 }
 
 
@@ -240,6 +244,12 @@ BAD = {
 def test_bad_schedules_are_refused(name):
     with pytest.raises(ValueError, match="Received: "):
         BAD[name]()
+
+
+def test_bits_fall_along_a_schedule():
+    schedule = schedules.of_bits(Polynomial(8, 4, 10, 50, power=1))
+    np.testing.assert_allclose(schedule(np.array([0, 10, 20, 30, 40, 50, 60])), [8, 8, 7, 6, 5, 4, 4])
+    assert schedules.of_bits(3) == Constant(3)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.5, 0.99])

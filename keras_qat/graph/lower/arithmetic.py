@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_qat.graph.lower.attention import added_mask
-from keras_qat.graph.lower.weights import dense_of, is_learned
+from keras_qat.graph.lower.weights import dense_of, is_learned, penalties
 from keras_qat.graph.walk import key_of
 from keras_qat.layers import ChannelScale
 from keras_qat.primitives import Clamp, Constant
@@ -43,16 +43,16 @@ def _binary(operation, args, kwargs):
     if key in ("ops.Maximum", "ops.Minimum"):
         with_constant = _limited(key, values) if values.size == 1 else None
     else:
-        with_constant = _scaled(key, values, at, is_learned(operand)) if per_channel else None
-    with_constant = with_constant or _with_tensor(key, values, at, is_learned(operand))
+        with_constant = _scaled(key, values, at, operand) if per_channel else None
+    with_constant = with_constant or _with_tensor(key, values, at, operand)
     return lambda *arguments: with_constant(arguments[at])
 
 
-def _scaled(key, values, at, learned):
+def _scaled(key, values, at, operand):
     """One number per channel, or one for all."""
-    values = np.ravel(values)
+    values, learned = np.ravel(values), is_learned(operand)
     if key == "ops.Multiply":
-        return ChannelScale(values, trainable=learned)
+        return ChannelScale(values, trainable=learned, **penalties(operand, "kernel_"))
     if key == "ops.Add":
         return ChannelScale(1.0, values) if not learned else None
     if learned:
@@ -67,8 +67,9 @@ def _limited(key, values):
     return lambda x: ops.clip(x, -3e38, limit)
 
 
-def _with_tensor(key, values, at, learned):
-    constant, function = Constant(values, trainable=learned, name="constant"), _BINARY[key]
+def _with_tensor(key, values, at, operand):
+    constant = Constant(values, trainable=is_learned(operand), name="constant", **penalties(operand))
+    function = _BINARY[key]
     return lambda x: function(constant(x), x) if at == 1 else function(x, constant(x))
 
 
@@ -172,12 +173,12 @@ def _matmul(operation, args, kwargs):
         return None
     values, learned = np.asarray(args[1], np.float32), is_learned(args[1])
     if values.ndim == 2:
-        dense = dense_of(values, trainable=learned, name=operation.name)
+        dense = dense_of(values, trainable=learned, name=operation.name, **penalties(args[1], "kernel_"))
         return lambda x, _: dense(x)
     if values.ndim == 1:
-        dense = dense_of(values[:, None], trainable=learned, name=operation.name)
+        dense = dense_of(values[:, None], trainable=learned, name=operation.name, **penalties(args[1], "kernel_"))
         return lambda x, _: ops.squeeze(dense(x), axis=-1)
-    constant = Constant(values, trainable=learned, name="constant")
+    constant = Constant(values, trainable=learned, name="constant", **penalties(args[1]))
     return lambda x, _: ops.matmul(x, constant(x))
 
 

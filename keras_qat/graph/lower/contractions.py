@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_qat.graph.lower.activations import symbolic
 from keras_qat.graph.lower.moves import reshaped, transposed
-from keras_qat.graph.lower.weights import dense_of, is_learned
+from keras_qat.graph.lower.weights import dense_of, is_learned, penalties
 from keras_qat.primitives import Constant
 
 
@@ -55,7 +55,13 @@ def _einsum(operation, args, kwargs):
         return _contraction(*operands, result) if operands[0][0] == operands[1][0] else None
     other = args[1 - at]
     contract = _contraction_with_weights(
-        operands[at], operands[1 - at], result, other, is_learned(other), operation.name
+        operands[at],
+        operands[1 - at],
+        result,
+        other,
+        is_learned(other),
+        operation.name,
+        **penalties(other, "kernel_"),
     )
     return contract and (lambda *operands: contract(operands[at]))
 
@@ -133,7 +139,8 @@ def _contraction_with_weights(
     matrices = np.transpose(kernel, order).reshape(1, *axes.matrix_shape(kernel_sizes))
     differ = len(axes.leading) > 1
     if differ:
-        weights = Constant(matrices, trainable=learned, name=name)
+        penalty = {what: options[f"kernel_{what}"] for what in ("regularizer", "constraint")}
+        weights = Constant(matrices, trainable=learned, name=name, **penalty)
     else:
         weights = dense_of(matrices[0], bias, trainable=learned, name=name, **options)
 
@@ -194,7 +201,9 @@ def _einsum_dense(layer, args, kwargs):
         kernel_constraint=layer.kernel_constraint,
         bias_constraint=layer.bias_constraint,
     )
-    added = Constant(layer.bias, trainable=layer.trainable, name="bias") if has_bias and not per_column else None
+    added = None
+    if has_bias and not per_column:
+        added = Constant(layer.bias, trainable=layer.trainable, name="bias", **penalties(layer.bias))
     activation = symbolic(layer.activation)
 
     def apply(inputs):

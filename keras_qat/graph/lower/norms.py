@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_qat.compounds import InverseRoot
 from keras_qat.graph.lower.moves import reshaped, transposed
-from keras_qat.graph.lower.weights import dense_of, is_learned
+from keras_qat.graph.lower.weights import dense_of, is_learned, penalties
 from keras_qat.graph.walk import clone
 from keras_qat.layers import ChannelScale
 from keras_qat.primitives import Constant
@@ -105,12 +105,14 @@ def _rows(x, axes):
 
 def _affine(gamma, beta, trainable, name):
     """`y · gamma + beta` per channel; either may be missing."""
+    options = {**penalties(gamma, "kernel_"), **penalties(beta, "bias_")}
+    penalty = penalties(beta)
     gamma, beta = (None if values is None else np.ravel(np.asarray(values, "float32")) for values in (gamma, beta))
     if gamma is not None:
-        return ChannelScale(gamma, beta, trainable=trainable, name=name)
+        return ChannelScale(gamma, beta, trainable=trainable, name=name, **options)
     if beta is None:
         return lambda y: y
-    constant = Constant(beta, trainable=trainable, name=name)
+    constant = Constant(beta, trainable=trainable, name=name, **penalty)
     return lambda y: y + constant(y)
 
 

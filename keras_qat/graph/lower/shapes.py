@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_qat.compounds import TransposedMatmul
-from keras_qat.graph.lower.weights import dense_of, is_learned
+from keras_qat.graph.lower.weights import dense_of, is_learned, penalties
 from keras_qat.primitives import Constant
 
 
@@ -104,15 +104,17 @@ def _repeat_vector(layer, args, kwargs):
 
 
 def _embedding(layer, args, kwargs):
-    table = Constant(layer.embeddings, trainable=layer.trainable, name="table")
+    table = Constant(layer.embeddings, trainable=layer.trainable, name="table", **penalties(layer.embeddings))
     return lambda ids: ops.take(table(ids), ops.cast(ids, "int32"), axis=0)
 
 
 def _reversible_embedding(layer, args, kwargs):
     """Both ways through one table, if they are tied."""
-    table = Constant(layer.embeddings, trainable=layer.trainable, name="table")
-    options = {"kernel_regularizer": layer.embeddings_regularizer, "kernel_constraint": layer.embeddings_constraint}
-    own = None if layer.tie_weights else dense_of(layer.reverse_embeddings, None, layer.trainable, "reverse", **options)
+    table = Constant(layer.embeddings, trainable=layer.trainable, name="table", **penalties(layer.embeddings))
+    own = None
+    if not layer.tie_weights:
+        kernel = layer.reverse_embeddings
+        own = dense_of(kernel, None, layer.trainable, "reverse", **penalties(kernel, "kernel_"))
     tied, cap = TransposedMatmul(name="reverse"), layer.logit_soft_cap
 
     def embed(inputs, reverse=False):
@@ -131,7 +133,7 @@ def _take(operation, args, kwargs):
     table = args[0]
     if isinstance(table, keras.KerasTensor) or operation.axis != 0:
         return None
-    table = Constant(np.asarray(table), trainable=is_learned(table), name="table")
+    table = Constant(np.asarray(table), trainable=is_learned(table), name="table", **penalties(table))
     return lambda _, ids: ops.take(table(ids), ops.cast(ids, "int32"), axis=0)
 
 

@@ -25,5 +25,10 @@ def dense_of(kernel, bias=None, trainable=False, name="dense", **options) -> ker
     return layer
 
 
+def penalties(weight, prefix: str = "") -> dict:
+    """A weight's regularizer and constraint, as arguments of the layer that takes it over. Of a plain array: none."""
+    return {f"{prefix}{what}": getattr(weight, what, None) for what in ("regularizer", "constraint")}
+
+
 def is_learned(operand) -> bool:
     return isinstance(operand, keras.Variable) and operand.trainable
