@@ -20,23 +20,36 @@ class Contender:
     Args:
         keras: Keras 3 or tf_keras.
         quantize: float model -> QAT model.
+        variants: Further QAT models to measure: name -> what to do with a compiled one and the data beforehand.
     """
 
-    def __init__(self, keras: ModuleType, quantize: Callable[[Any], Any]):
-        self.keras, self.quantize = keras, quantize
+    def __init__(
+        self,
+        keras: ModuleType,
+        quantize: Callable[[Any], Any],
+        variants: dict[str, Callable[[Any, tf.data.Dataset], None]] | None = None,
+    ):
+        self.keras, self.quantize, self.variants = keras, quantize, variants or {}
         self.models: dict[str, Any] = {}
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (*KINDS, *self.variants)
+
     def prepare(self, net_name: str) -> float:
-        """Builds and compiles both models. Returns the seconds that `quantize` took."""
+        """Builds and compiles all models. Returns the seconds that `quantize` took."""
         net = NETS[net_name]
         model = net.build(self.keras)
         start = time.perf_counter()
         qat = self.quantize(model)
         seconds = time.perf_counter() - start
-        self.models = dict(zip(KINDS, (model, qat), strict=True))
+        more = [self.quantize(model) for _ in self.variants]
+        self.models = dict(zip(self.kinds, (model, qat, *more), strict=True))
         for each in self.models.values():
             each.compile("adam", "sparse_categorical_crossentropy")
         self.data = _dataset(net)
+        for kind, make in self.variants.items():
+            make(self.models[kind], self.data)
         return seconds
 
     def burst(self, kind: str, steps: int) -> float:
@@ -50,7 +63,7 @@ class Contender:
         return 1e3 * float(np.median(np.diff(ends)))
 
     def warm_up(self) -> None:
-        for kind in KINDS:
+        for kind in self.kinds:
             self.burst(kind, WARM_UP)
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+from contender import KINDS
+
 _WORKER = pathlib.Path(__file__).with_name("tfmot_worker.py")
 
 
@@ -15,6 +17,8 @@ class Peer:
 
     It computes only while a method is waited for, so it never competes with this process for the cores.
     """
+
+    kinds = KINDS
 
     def __enter__(self) -> "Peer":
         environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
