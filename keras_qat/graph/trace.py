@@ -122,7 +122,7 @@ class _Tracer:
         return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
 
     def _open_call(self, call, composite, args, kwargs, path):
-        graph, tensors, outputs = _run_call(call, composite, args, kwargs)
+        graph, tensors, outputs = run_call(call, composite, args, kwargs)
         return outputs if graph is None else self._visit_graph(graph, tensors, composite, kwargs, path)
 
     def _visit_graph(self, graph, tensors, composite, kwargs, path):
@@ -249,7 +249,7 @@ def _functional_graph(composite):
     return composite if isinstance(composite, keras.Function) and key_of(composite) is not None else None
 
 
-def _run_call(call, composite, args, kwargs):
+def run_call(call, composite, args, kwargs):
     """Runs `call` on fresh symbolic tensors. Returns its graph, or (None, ..) if `call` just passes inputs through."""
     originals = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
     stand_ins = {id(x): keras.KerasTensor(x.shape, x.dtype) for x in originals}

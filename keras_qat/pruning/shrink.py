@@ -10,7 +10,7 @@ from keras import ops, tree
 
 from keras_qat.graph.added_losses import AddedLoss
 from keras_qat.graph.lower import activations
-from keras_qat.graph.trace import _run_call, original, trace
+from keras_qat.graph.trace import run_call, original, trace
 from keras_qat.graph.walk import (
     Reused,
     calls_of,
@@ -112,7 +112,7 @@ def _does_more(layer, args, kwargs) -> bool:
     """Whether a custom layer has weights of its own, reads those of layers in it, or adds a loss."""
     if layer._trainable_variables or layer._non_trainable_variables:
         return True
-    graph, _, _ = _run_call(layer.call, layer, args, kwargs)
+    graph, _, _ = run_call(layer.call, layer, args, kwargs)
     nodes = [] if graph is None else nodes_of(graph)
     return any(isinstance(node.operation, AddedLoss) or _values_in(node) for node in nodes)
 
