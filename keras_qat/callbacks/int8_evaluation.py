@@ -33,7 +33,7 @@ class Int8Evaluation(keras.callbacks.Callback):
         x: Inputs as for `evaluate`: an array, a list or a dict of arrays; or a `tf.data.Dataset` or a
             `keras.utils.PyDataset` of batches `(x, y)` or `(x, y, sample_weight)`.
         y: The targets, if `x` does not bring them along.
-        every: How many epochs lie between two evaluations.
+        every: 1 evaluates at the end of each epoch, 2 at that of every other one, and so on.
         sample_weight: Weights of the samples, if `x` does not bring them along.
         batch_size: Of the simulation, for arrays.
         steps: How many batches of a dataset to use at the most; None: all.
@@ -145,8 +145,8 @@ class Int8Evaluation(keras.callbacks.Callback):
         if isinstance(self.data, tf.data.Dataset):
             batches = self.data.as_numpy_iterator()
         elif isinstance(self.data, keras.utils.PyDataset):
-            count = self.data.num_batches if self.steps is None else self.steps
-            batches = (self.data[index] for index in range(count))
+            indices = itertools.count() if _is_endless(self.data) else range(self.data.num_batches)
+            batches = (self.data[index] for index in indices)
         else:
             starts = range(0, _count(self.data), self.batch_size)
             batches = (
@@ -163,7 +163,7 @@ class Int8Evaluation(keras.callbacks.Callback):
             raise ValueError("The data of Int8Evaluation brings no targets. Expected batches (x, y). Received: x alone")
         inputs = input_values(self.model, x)
         expected = [tuple(tensor.shape[1:]) for tensor in self.model.inputs]
-        received = [tuple(value.shape[1:]) for value in inputs]
+        received = [_sample_shape(value) for value in inputs]
         fits = len(expected) == len(received) and all(map(_fits, received, expected))
         if not fits:
             raise ValueError(
@@ -189,7 +189,15 @@ def _is_endless(data) -> bool:
     return isinstance(data, keras.utils.PyDataset) and data.num_batches is None
 
 
-def _fits(received: tuple, expected: tuple) -> bool:
+def _sample_shape(value) -> tuple | None:
+    """The shape without the batch; None where a dataset does not know it."""
+    shape = tf.TensorShape(value.shape if hasattr(value, "shape") else np.shape(value))
+    return None if shape.rank is None else tuple(shape[1:])
+
+
+def _fits(received: tuple | None, expected: tuple) -> bool:
+    if received is None:
+        return True
     return len(received) == len(expected) and all(a is None or a == b for a, b in zip(received, expected, strict=True))
 
 

@@ -88,7 +88,9 @@ class QuantizationSchedule(StepCallback):
         self.rules = [(rule, None if rule.scheme is None else of_bits(rule.scheme)) for rule in checked_rules(rules)]
         self.step = 0
         self._origin, self._model_before = 0, None
+        self._scheduled: dict[str, int | None] = {}
         self._stage: _Stage | None = None
+        self._in_float: list[keras.Layer] = []
         self._runs_until_check = 0
         self._annealed: list[_Annealed] = []
 
@@ -124,9 +126,8 @@ class QuantizationSchedule(StepCallback):
     @contextlib.contextmanager
     def around_step(self):
         with contextlib.ExitStack() as stack:
-            if not self._stage.rounds:
-                for layer in self._layers(FakeQuant, GridLayer):
-                    stack.enter_context(replaced(layer, "rounds", False))
+            for layer in self._in_float:
+                stack.enter_context(replaced(layer, "rounds", False))
             yield
 
     def after_step(self):
@@ -166,6 +167,7 @@ class QuantizationSchedule(StepCallback):
             layer.frozen = stage.frozen_ranges
         for layer in self._layers(Quantized, InFloat):
             layer.frozen_statistics = stage.frozen_statistics and layer.batch_norm is not None
+        self._in_float = [] if stage.rounds else self._layers(FakeQuant, GridLayer)
         self._stage = stage
 
     def _layers(self, *classes: type) -> list[keras.Layer]:

@@ -1,5 +1,7 @@
 """QuantizationSchedule in `fit`: what each stage computes, when it begins, in every mode of training, and what is saved."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -79,9 +81,7 @@ class Watch(keras.callbacks.Callback):
     def last_change(self, index) -> int:
         """The step behind which a value never changed again."""
         steps = sorted(self.seen)
-        moves = [
-            b for a, b in zip(steps, steps[1:], strict=False) if np.any(self.seen[a][index] != self.seen[b][index])
-        ]
+        moves = [b for a, b in itertools.pairwise(steps) if np.any(self.seen[a][index] != self.seen[b][index])]
         return moves[-1] if moves else 0
 
 
@@ -284,7 +284,7 @@ def test_schedules_can_be_joined_and_count_epochs():
 
 def test_a_second_fit_goes_on():
     whole, parts = compiled(), compiled()
-    make = lambda: QuantizationSchedule(3, 12, 8, bits=Polynomial(8, 4, 0, 16, power=1))  # noqa: E731
+    make = lambda: QuantizationSchedule(3, 12, 8, bits=Polynomial(8, 4, 0, 16, power=1))
     fit(whole, make())
     schedule = make()
     with pytest.warns(UserWarning, match="ends at step 10"):
@@ -309,7 +309,7 @@ def test_compiled_anew_the_same_callback_goes_on_and_a_new_one_starts_over():
 
 
 def test_backup_and_restore(tmp_path):
-    make = lambda: QuantizationSchedule(2, 7, 7, bits=Polynomial(8, 4, 0, 16, power=1))  # noqa: E731
+    make = lambda: QuantizationSchedule(2, 7, 7, bits=Polynomial(8, 4, 0, 16, power=1))
     whole = compiled()
     fit(whole, make())
 
