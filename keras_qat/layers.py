@@ -7,9 +7,9 @@ import math
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_qat import kernels, numerics
+from keras_qat.arrays import ops, read_as
 from keras_qat.quantizers import MaxAbs
 from keras_qat.spec import Spec
 
@@ -121,11 +121,10 @@ class FakeQuant(keras.layers.Layer):
 
     def parameters(self, factors=None, constant=1.0, count=1) -> tuple[float, int]:
         """The scale and the zero point as the file gets them."""
-        low, high = numerics.widen(*self.quantizer.known_limits())
+        low, high = numerics.widen(*[np.float32(limit) for limit in self.quantizer.known_limits()])
         if factors is not None:
-            factors = [ops.convert_to_tensor(factor, "float32") for factor in factors]
-            low, high, _ = self._snapped(low, high, factors, constant, count)
-        return numerics.scale_and_zero_point(np.float32(low), np.float32(high), self.spec)
+            low, high, _ = self._snapped(low, high, [np.float32(factor) for factor in factors], constant, count)
+        return numerics.scale_and_zero_point(low, high, self.spec)
 
     def compute_output_spec(self, x, **kwargs):
         return keras.KerasTensor(x.shape, "float32"), keras.KerasTensor((), "float32")
@@ -393,9 +392,9 @@ class Quantized(GridLayer):
             return self.layer.call(x)
 
     def integers(self, input_scale, output_scale) -> "IntegerWeights":
-        """The integers of the file. Inference runs on them, and `freeze` writes them."""
+        """The integers of the file. Inference runs on them, and `freeze` writes them: arrays for numpy's scales."""
         scale, snapped = self._weight_scale(input_scale, output_scale)
-        kernel = self.weight_quantizer.integers(self.layer.kernel, self._per_kernel(scale))
+        kernel = self.weight_quantizer.integers(read_as(input_scale, self.layer.kernel), self._per_kernel(scale))
         multiplier, bias = self._multiplier_and_bias(kernel, scale)
         step, kept = numerics.accumulator_step(input_scale, scale, multiplier, bias)
         if self.batch_norm is not None and output_scale is not None:
@@ -409,7 +408,7 @@ class Quantized(GridLayer):
 
         With a batch norm the scale stays: what is moved then is the product with its factor, at inference.
         """
-        scale = self.weight_quantizer.channel_scale(self.layer.kernel)
+        scale = self.weight_quantizer.channel_scale(read_as(input_scale, self.layer.kernel))
         if self.batch_norm is not None or input_scale is None or output_scale is None:
             return scale, 0.0
         factor = input_scale * self.input_scaling[0]
@@ -425,12 +424,12 @@ class Quantized(GridLayer):
         multiplier, offset = self.input_scaling
         multiplier, bias = multiplier * ops.ones_like(scale), ops.zeros_like(scale)
         if self.layer.use_bias:
-            bias = bias + self.layer.bias
+            bias = bias + read_as(scale, self.layer.bias)
         if offset != 0.0:
             bias = bias + offset * self._kernel_sums(kernel) * scale
         if self.batch_norm is None:
             return multiplier, bias
-        norm_multiplier, norm_offset = numerics.batch_norm_multiplier_and_offset(self.batch_norm)
+        norm_multiplier, norm_offset = numerics.batch_norm_multiplier_and_offset(self.batch_norm, like=scale)
         return multiplier * norm_multiplier, bias * norm_multiplier + norm_offset
 
     def _kernel_sums(self, kernel):

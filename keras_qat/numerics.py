@@ -9,8 +9,8 @@ import math
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import ops
 
+from keras_qat.arrays import ops, read_as
 from keras_qat.spec import Spec
 
 # Ranges narrower than this (a dead layer, a constant zero) are widened to it. It keeps scales positive, and above the
@@ -267,14 +267,14 @@ def _lowest_above(power, count: int):
     return 2.0 * ops.ceil(0.51 * share * power)
 
 
-def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization):
-    """A batch norm at inference as `x · multiplier + offset`."""
-    multiplier = ops.rsqrt(batch_norm.moving_variance + batch_norm.epsilon)
+def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization, like=None):
+    """A batch norm at inference as `x · multiplier + offset`; arrays where `like` is one of numpy's."""
+    multiplier = ops.rsqrt(read_as(like, batch_norm.moving_variance) + batch_norm.epsilon)
     if batch_norm.scale:
-        multiplier = multiplier * batch_norm.gamma
-    offset = -batch_norm.moving_mean * multiplier
+        multiplier = multiplier * read_as(like, batch_norm.gamma)
+    offset = -read_as(like, batch_norm.moving_mean) * multiplier
     if batch_norm.center:
-        offset = offset + batch_norm.beta
+        offset = offset + read_as(like, batch_norm.beta)
     return multiplier, offset
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import keras
+import numpy as np
 from keras import tree
 
 from keras_qat.graph.annotate import GONE, is_index, row_of_node
@@ -193,7 +194,7 @@ class _Freezer:
         operation, weights = node.operation, None
         if isinstance(operation, (Quantized, Rescale, Slope)):
             scales = [self.program.tensors[name].scale[0] for name in (inputs[0], output)]
-            weights = operation.integers(*[keras.ops.convert_to_tensor(scale, "float32") for scale in scales])
+            weights = operation.integers(*[np.float32(scale) for scale in scales])
             operation = getattr(operation, "layer", operation)
         row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights, self.portable))
 

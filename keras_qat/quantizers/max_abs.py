@@ -4,9 +4,9 @@ import math
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_qat import numerics
+from keras_qat.arrays import ops, read_as
 from keras_qat.spec import Spec
 
 
@@ -53,9 +53,12 @@ class MaxAbs(keras.layers.Layer):
 
     def channel_scale(self, weights):
         """The scale with one entry per output channel, repeated if all share one."""
-        scale = ops.stop_gradient(numerics.weight_scale(weights, self._first_spec, self.channel_axes, self.levels))
+        scale = ops.stop_gradient(self._scale(weights))
         channels = math.prod(weights.shape[axis] for axis in self.channel_axes)
         return ops.broadcast_to(ops.reshape(scale, (-1,)), (channels,))
+
+    def _scale(self, weights):
+        return numerics.weight_scale(weights, self._first_spec, self.channel_axes, read_as(weights, self.levels))
 
     def fake_quant(self, weights, scale):
         """The weights on the grid of `scale`, as floats."""
@@ -63,7 +66,7 @@ class MaxAbs(keras.layers.Layer):
 
     def integers(self, weights, scale):
         """The numbers of their steps, as floats."""
-        return numerics.weight_integers(weights, scale, self._first_spec, self.levels)
+        return numerics.weight_integers(weights, scale, self._first_spec, read_as(weights, self.levels))
 
     def get_config(self):
         spec = self.spec
