@@ -5,7 +5,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test test-full bench clean
+.PHONY: demo test test-full bench bench-accuracy clean
 
 demo: $(INSTALLED)
 	$(RUN) recipes/digits.py --out=model.tflite
@@ -20,6 +20,14 @@ bench: $(INSTALLED)
 	$(RUN) benchmarks/step_overhead.py
 	$(RUN) benchmarks/export_time.py
 	$(RUN) benchmarks/op_parity.py
+	$(RUN) benchmarks/op_counts.py
+	$(RUN) benchmarks/chain.py
+	$(RUN) benchmarks/callbacks_overhead.py
+
+bench-accuracy: $(INSTALLED)  # make bench-accuracy DATA=folder, with fashion_mnist.npz, fsdd.npz and har.npz
+	$(RUN) benchmarks/architectures.py --data_dir=$(DATA)
+	$(RUN) benchmarks/pruning_accuracy.py --data_dir=$(DATA)
+	$(RUN) benchmarks/clipping_ablation.py --data_dir=$(DATA)
 
 $(INSTALLED): setup.cfg pyproject.toml
 	command -v $(PYTHON) >/dev/null && $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
