@@ -12,7 +12,7 @@ import tempfile
 import keras
 import numpy as np
 from absl import app, flags
-from keras import layers, ops
+from keras import layers
 from printout import default_out, heading, publish
 
 import keras_qat as kq

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-from absl import app, flags
 import tensorflow as tf
+from absl import app, flags
 from contender import KINDS, Contender
 from nets import NETS, Net
 from peer_tfmot import Peer

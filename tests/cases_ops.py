@@ -1,7 +1,7 @@
 """keras.ops as people use them in models and custom layers: the table for the whole-path test of test_ops.py."""
 
 import numpy as np
-from cases import IMAGE, SERIES, VECTOR, Case
+from cases import SERIES, VECTOR, Case
 from keras import layers, ops
 
 _MATRIX = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")

@@ -145,7 +145,9 @@ class _Tracer:
     def _with_moved_weights(self, composite, args, kwargs):
         """Weights that a call transposed or reshaped before it used them are plain tensors by now, and would no longer be
         learned. Here they become weights again."""
-        if not isinstance(composite, keras.Layer) or not any(isinstance(x, tf.Tensor) for x in tree.flatten((args, kwargs))):
+        if not isinstance(composite, keras.Layer) or not any(
+            isinstance(x, tf.Tensor) for x in tree.flatten((args, kwargs))
+        ):
             return args, kwargs
 
         def restored(value):

@@ -74,7 +74,11 @@ def clone(operation, name: str | None = None):
 
 def _filled_from(layer, twin) -> set[int]:
     """Makes a twin's weights begin as those of a layer, which saves drawing random ones first. Gives the ids of those."""
-    add_weight, values, filled = twin.add_weight, {weight.name: weight for weight in layer._trainable_variables + layer._non_trainable_variables}, set()
+    add_weight, values, filled = (
+        twin.add_weight,
+        {weight.name: weight for weight in layer._trainable_variables + layer._non_trainable_variables},
+        set(),
+    )
 
     def add(*args, name=None, **options):
         if name in values:

@@ -10,7 +10,7 @@ from keras import ops, tree
 
 from keras_qat.graph.added_losses import AddedLoss
 from keras_qat.graph.lower import activations
-from keras_qat.graph.trace import run_call, original, trace
+from keras_qat.graph.trace import original, run_call, trace
 from keras_qat.graph.walk import (
     Reused,
     calls_of,

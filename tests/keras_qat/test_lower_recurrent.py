@@ -1,13 +1,10 @@
 """Recurrent layers and wrappers, unrolled: the same numbers, the same weights, and what is refused."""
 
-import keras
 import numpy as np
 import pytest
 from cases import inputs_for
 from cases_recurrent import RECURRENT
-from keras import layers, ops
 
-import keras_qat as kq
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import trace
 from keras_qat.operations import row_of
