@@ -156,8 +156,8 @@ def main(argv) -> None:
     print(f"\nMeasured on the .tflite files in {folder}, on {len(x_test):,} samples that no training saw:\n")
     print(table(heading, rows))
     print(
-        "\nZeros among single weights make no file smaller and no kernel faster by themselves: they pay once the file is\n"
-        "zipped, or compressed by Vela for Ethos-U. Channels that are taken out pay everywhere."
+        "\nZeros among single weights make no file smaller and no kernel faster by themselves: they pay once the file\n"
+        "is zipped, or compressed by Vela for Ethos-U. Channels that are taken out pay everywhere."
     )
 
 
