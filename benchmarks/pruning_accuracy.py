@@ -2,12 +2,11 @@
 
     python benchmarks/pruning_accuracy.py --data_dir=path/to/data
 
-Reads fashion_mnist.npz and har.npz. First Keras 3 trains the float nets and our callback prunes copies of them; then
-tfmot, in a process of its own, prunes copies of the same nets on tf_keras. Whole channels, which tfmot cannot remove,
-stand beside a net as small from the start that was trained for as many steps.
+Reads fashion_mnist.npz and har.npz. First Keras 3 trains the float nets and our callback prunes copies of them; then tfmot, in
+a process of its own, prunes copies of the same nets on tf_keras. Last come whole channels, which tfmot cannot remove: they
+stand beside a net as small from the start that was trained for as many steps as both trainings took together.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -27,20 +26,19 @@ from tflite_export.table import table
 
 _DATA = flags.DEFINE_string("data_dir", None, "Folder with fashion_mnist.npz and har.npz.", required=True)
 _TASKS = flags.DEFINE_multi_enum("tasks", list(task.TASKS), list(task.TASKS), "What to learn; once for each.")
-_SEEDS = flags.DEFINE_integer("seeds", None, "Seeds, if not as many as each task has by itself.", lower_bound=2)
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds: of the float net, and of the order of the samples.", lower_bound=2)
 _OUT = flags.DEFINE_string("out", default_out(__file__), "Where the tables go.")
 
-_FEWER, _CHANNEL_SEEDS = (2, 4), 3  # times fewer MACs, and nets that lose channels
+_FEWER = (2, 4)  # times fewer MACs
 _WORKER = pathlib.Path(__file__).with_name("tfmot_pruning_worker.py")
 _WEIGHTS = ("data", "sparsity", "float %", "keras_qat %", "tfmot %", "ours - tfmot", "zeros, ours", "tfmot's", "goal")
-_CHANNELS = ("data", "MACs", "fewer", "parameters", "fewer", "float %", "shrunk %", "trained on %", "from scratch %")
+_CHANNELS = ("data", "MACs", "fewer", "parameters", "fewer", "float %", "shrunk %", "shrunk - float", "from scratch %")
 _ABOUT_WEIGHTS = """\
-Means ± standard deviation over the seeds; of the difference, taken seed by seed, ± standard error of the mean. Goal:
-ours at least tfmot's, or below by two standard errors at the most. Zeros: in the kernels that are pruned, all but the
-last. "all" is the mean of the levels."""
-_ABOUT_CHANNELS = f"""\
-Whole channels, which tfmot cannot remove, over {_CHANNEL_SEEDS} seeds: pruned and taken out by kq.pruning.shrink, then
-trained on for {task.TUNE_STEPS} steps. From scratch: a net as small, trained for as many steps as all of that."""
+Means ± standard deviation over the seeds; of the difference, taken seed by seed, ± standard error of the mean. Goal: ours
+at least tfmot's, or below by two standard errors at the most. Zeros: in the kernels that are pruned, all but the last."""
+_ABOUT_CHANNELS = """\
+Whole channels, which tfmot cannot remove: pruned, then taken out by kq.pruning.shrink. From scratch: a net as small, trained
+for as many steps as the large one and its pruning together."""
 
 
 def train_float(name: str, seed: int, data, folder: pathlib.Path) -> float:
@@ -80,7 +78,8 @@ def tfmots(folder: pathlib.Path) -> list[list]:
         "folder": str(folder),
         "answers": str(answers),
         "data_dir": os.path.abspath(_DATA.value),
-        "seeds": {name: seeds_of(name) for name in _TASKS.value},
+        "tasks": _TASKS.value,
+        "seeds": _SEEDS.value,
     }
     environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
     subprocess.run([sys.executable, str(_WORKER)], input=json.dumps(request), text=True, env=environment, check=True)
@@ -88,23 +87,20 @@ def tfmots(folder: pathlib.Path) -> list[list]:
 
 
 def channels(name: str, seed: int, data, folder: pathlib.Path, before: float, fewer: int) -> list:
-    """[task, fewer, MACs, before / after, parameters, before / after, and the accuracies of the table]"""
+    """[task, fewer, MACs, before / after, parameters, before / after, float, shrunk and from scratch accuracy]"""
     model = prune(name, seed, data, folder, sparsity_for(name, fewer), kq.pruning.Channels())
     small = kq.pruning.shrink(model)
     cost = kq.pruning.compare(model, small)
-    accuracies = [before, task.accuracy(small, *data[2:])]
-    task.fit(keras, small, *data[:2], task.TUNE_STEPS, task.FLOAT_RATE, seed + 1)
     keras.utils.set_random_seed(seed)
     scratch = task.build(keras, task.TASKS[name], [small.get_layer(layer).kernel.shape[-1] for layer in task.PRUNED])
-    task.fit(keras, scratch, *data[:2], task.FLOAT_STEPS + 2 * task.TUNE_STEPS, task.FLOAT_RATE, seed)
-    accuracies += [task.accuracy(each, *data[2:]) for each in (small, scratch)]
+    task.fit(keras, scratch, *data[:2], task.FLOAT_STEPS + task.TUNE_STEPS, task.FLOAT_RATE, seed)
+    accuracies = [before, *(task.accuracy(each, *data[2:]) for each in (small, scratch))]
     macs, parameters = ((getattr(cost.before, of), getattr(cost.after, of)) for of in ("macs", "parameters"))
     row = [name, fewer, macs[1], macs[0] / macs[1], parameters[1], parameters[0] / parameters[1], *accuracies]
     _tell("channels", *row)
     return row
 
 
-@functools.cache
 def sparsity_for(name: str, fewer: int) -> float:
     """The share of channels without which a net has as nearly as can be so many times fewer MACs."""
 
@@ -112,24 +108,24 @@ def sparsity_for(name: str, fewer: int) -> float:
         widths = [max(round(width * (1 - sparsity)), 1) for width in task.WIDTHS]
         return kq.pruning.report(task.build(keras, task.TASKS[name], widths)).total.macs
 
-    full = macs(0)
-    return min(np.arange(0.02, 0.9, 0.02), key=lambda sparsity: abs(macs(sparsity) - full / fewer))
+    return min(np.arange(0.02, 0.9, 0.02), key=lambda sparsity: abs(macs(sparsity) - macs(0) / fewer))
 
 
 def weight_rows(our_rows: list[list], their_rows: list[list]) -> list[tuple]:
-    """A row for each task and level, and one for the means of all levels."""
+    """A row for each task and level: means and standard deviations over the seeds, the difference seed by seed."""
+    theirs = {tuple(row[:3]): row[3:] for row in their_rows}
     rows = []
     for name in _TASKS.value:
-        for level in (*task.LEVELS, "all"):
-            before, found, zeros = _by_seed(our_rows, name, level)
-            their_before, their_found, their_zeros = _by_seed(their_rows, name, level)
+        for level in task.LEVELS:
+            pairs = [(row[3:], theirs[tuple(row[:3])]) for row in our_rows if (row[0], row[2]) == (name, level)]
+            (before, found, zeros), (their_before, their_found, their_zeros) = np.array(pairs).transpose(1, 2, 0)
             assert np.allclose(before, their_before, atol=2e-3), "both begin with the same float nets"
-            difference = found - their_found
+            difference = 100 * (found - their_found)
             error = difference.std(ddof=1) / len(difference) ** 0.5
             verdict = "met" if difference.mean() >= -2 * error else "missed"
-            shares = ["" if level == "all" else f"{100 * share.mean():.2f} %" for share in (zeros, their_zeros)]
-            shown = f"{100 * difference.mean():+.2f} ± {100 * error:.2f}"
-            rows.append((name, level, *map(_mean, (before, found, their_found)), shown, *shares, verdict))
+            shares = (f"{100 * share.mean():.2f} %" for share in (zeros, their_zeros))
+            means = (_mean(before), _mean(found), _mean(their_found), f"{difference.mean():+.2f} ± {error:.2f}")
+            rows.append((name, level, *means, *shares, verdict))
     return rows
 
 
@@ -139,22 +135,13 @@ def channel_rows(found: list[list]) -> list[tuple]:
         for fewer in _FEWER:
             columns = list(zip(*(row[2:] for row in found if row[:2] == [name, fewer]), strict=True))
             macs, times, parameters, parameter_times = (float(np.mean(column)) for column in columns[:4])
+            before, shrunk, scratch = map(np.array, columns[4:])
+            lost = 100 * (shrunk - before)
+            error = lost.std(ddof=1) / len(lost) ** 0.5
             cost = (round(macs), f"{times:.2f} ×", round(parameters), f"{parameter_times:.2f} ×")
-            rows.append((name, *cost, *(_mean(np.array(column)) for column in columns[4:])))
+            accuracies = (_mean(before), _mean(shrunk), f"{lost.mean():+.2f} ± {error:.2f}", _mean(scratch))
+            rows.append((name, *cost, *accuracies))
     return rows
-
-
-def seeds_of(name: str) -> int:
-    return _SEEDS.value or task.TASKS[name].seeds
-
-
-def _by_seed(rows: list[list], name: str, level: str) -> np.ndarray:
-    """Float accuracy, accuracy and share of zeros, a column for each seed; with "all" the means over the levels."""
-    found: dict[int, list] = {}
-    for row in rows:
-        if row[0] == name and level in (row[2], "all"):
-            found.setdefault(row[1], []).append(row[3:])
-    return np.array([np.mean(found[seed], axis=0) for seed in sorted(found)]).T
 
 
 def _mean(shares: np.ndarray) -> str:
@@ -176,16 +163,14 @@ def main(_) -> None:
         folder = pathlib.Path(name_of_folder)
         for name in _TASKS.value:
             data = task.load(_DATA.value, name)
-            for seed in range(seeds_of(name)):
+            for seed in range(_SEEDS.value):
                 before = train_float(name, seed, data, folder)
                 our_rows += ours(name, seed, data, folder, before)
-                if seed < _CHANNEL_SEEDS:
-                    channel_results += [channels(name, seed, data, folder, before, fewer) for fewer in _FEWER]
+                channel_results += [channels(name, seed, data, folder, before, fewer) for fewer in _FEWER]
         their_rows = tfmots(folder)
-    seeds = ", ".join(f"{name} {seeds_of(name)} seeds" for name in _TASKS.value)
     settings = (
-        f"{seeds}; {task.FLOAT_STEPS} steps in float, {task.TUNE_STEPS} pruning, batch {task.BATCH}, Adam with cosine "
-        f"decay, polynomial schedule, masks every {task.PRUNE_EVERY} steps up to step {task.PRUNE_UNTIL}; it took "
+        f"{_SEEDS.value} seeds, {task.FLOAT_STEPS} steps in float, {task.TUNE_STEPS} pruning, batch {task.BATCH}, Adam "
+        f"with cosine decay, polynomial schedule, masks every {task.PRUNE_EVERY} steps up to step {task.PRUNE_UNTIL}; "
         f"{(time.monotonic() - start) / 60:.0f} minutes"
     )
     sections = [

@@ -31,7 +31,6 @@ class Task:
         scale: What samples are multiplied by.
         samples: How many of the training split to train on.
         classes: How many there are.
-        seeds: How many nets; more where accuracy differs more from one to the next.
     """
 
     shape: tuple[int, int, int]
@@ -40,12 +39,11 @@ class Task:
     scale: float
     samples: int
     classes: int
-    seeds: int
 
 
 TASKS = {
-    "fashion_mnist": Task((28, 28, 1), (3, 3), (2, 2), 1 / 255, 8192, 10, seeds=4),
-    "har": Task((52, 1, 3), (5, 1), (2, 1), 1e-3, 2730, 4, seeds=5),
+    "fashion_mnist": Task((28, 28, 1), (3, 3), (2, 2), 1 / 255, 8192, 10),
+    "har": Task((52, 1, 3), (5, 1), (2, 1), 1e-3, 2730, 4),
 }
 
 

@@ -34,9 +34,9 @@ def prune(model, level: str, x, y, seed: int):
 def main() -> None:
     request = json.load(sys.stdin)
     folder, answers = pathlib.Path(request["folder"]), []
-    for name, seeds in request["seeds"].items():
+    for name in request["tasks"]:
         x_train, y_train, x_test, y_test = task.load(request["data_dir"], name)
-        for seed in range(seeds):
+        for seed in range(request["seeds"]):
             weights = folder / f"{name}-{seed}.npz"
             model = task.load_weights(task.build(tf_keras, task.TASKS[name]), weights)
             before = task.accuracy(model, x_test, y_test)
