@@ -154,9 +154,20 @@ class _Tracer:
             if not isinstance(value, tf.Tensor) or not value.dtype.is_floating or value.shape.num_elements() < 2:
                 return value
             numbers = np.sort(np.ravel(value))
-            for weight in composite.trainable_variables:
-                if np.size(weight) == numbers.size and np.array_equal(np.sort(np.ravel(weight)), numbers):
-                    return self._moved_weight(composite, weight, value)
+            alike = [
+                weight
+                for weight in composite.trainable_variables
+                if np.size(weight) == numbers.size and np.array_equal(np.sort(np.ravel(weight)), numbers)
+            ]
+            if len(alike) == 1 and numbers[0] != numbers[-1]:
+                return self._moved_weight(composite, alike[0], value)
+            if alike:  # all zeros, say: any constant could be it, and two weights would become one
+                names = [weight.path for weight in alike]
+                warnings.warn(
+                    f"Layer {composite.name!r} seems to transpose or reshape one of its weights {names} before it uses it, but "
+                    "their numbers do not tell which. It stays as it is and is not learned. Train the model for a step first.",
+                    stacklevel=2,
+                )
             return value
 
         return tree.map_structure(restored, (args, kwargs))

@@ -95,3 +95,23 @@ def test_embeddings_tied_by_hand_are_told_apart():
     with pytest.warns(UserWarning, match="uses the weight '.*embeddings' of another layer.*ReversibleEmbedding"):
         qat = kq.quantize(model)
     assert len(qat.trainable_variables) == 4
+
+
+class ZerosAtFirst(layers.Layer):
+    """Two weights that nothing tells apart yet, both moved."""
+
+    def build(self, input_shape):
+        self.one, self.other = (self.add_weight(shape=(6, 8), initializer="zeros") for _ in range(2))
+
+    def call(self, x):
+        return ops.matmul(x, ops.transpose(self.one)) + ops.matmul(x, ops.transpose(self.other))
+
+
+def test_weights_that_look_alike_are_not_made_one():
+    symbolic = keras.Input((5, 8))
+    model = keras.Model(symbolic, ZerosAtFirst()(symbolic))
+    with pytest.warns(UserWarning, match="numbers do not tell which.*Train the model for a step"):
+        kq.quantize(model)
+    for seed, weight in enumerate(model.trainable_variables):
+        weight.assign(np.random.default_rng(seed).normal(size=weight.shape))
+    assert len(kq.quantize(model).trainable_variables) == 2
