@@ -73,8 +73,8 @@ class FakeQuant(keras.layers.Layer):
             x: The tensor.
             site: Its number among those that share the range.
             observe: Whether it has a say in the range, while training.
-            rounding: "half_up", "away" (see `numerics.away_from_zero`), or "precise" for values of the outside world
-                (see `numerics.fake_quant`).
+            rounding: "half_up", or with ties "away" or "up" (see `numerics.with_ties_broken`), or "precise" for values of the
+                outside world (see `numerics.fake_quant`).
             peek: Leave `x` alone and just tell the scale, before the tensor itself is there.
             factors: The scales of the tensors that the group's tensor is a product of; its range is then moved to where
                 all kernels round products alike.
@@ -105,8 +105,8 @@ class FakeQuant(keras.layers.Layer):
         scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
         if training and not self.in_training:
             return x, scale
-        if rounding == "away":
-            x = numerics.away_from_zero(x, low, high, self.spec)
+        if rounding in ("away", "up"):
+            x = numerics.with_ties_broken(x, low, high, self.spec, rounding)
         nonnegative = self.quantizer.observes and self.quantizer.nonnegative[site]
         precise = rounding == "precise" and not training
         return numerics.fake_quant(x, low, high, self.spec, nonnegative, precise), scale

@@ -104,14 +104,16 @@ def _fake_quant_in_float64(x, low, high, spec: Spec):
     return ops.cast(steps + spec.qmin - zero_point, "float32") * ops.cast(scale, "float32")
 
 
-def away_from_zero(x, low, high, spec: Spec):
-    """Moves `x` by a hair so that `fake_quant` rounds ties as TFLite's AVERAGE_POOL_2D does.
+def with_ties_broken(x, low, high, spec: Spec, ties: str):
+    """Moves `x` by a hair so that `fake_quant` rounds ties as a kernel does: always up, or away from the integer zero.
 
-    The kernel divides the sum of int8 values and rounds half away from the *integer* zero. In float a tie is never hit
-    exactly; a shift of 1/5000 step decides it, and moves nothing else for windows of up to 2,500 values.
+    AVERAGE_POOL_2D divides the sum of int8 values and rounds half away from the *integer* zero. In float a tie is never
+    hit exactly; a shift of 1/5000 step decides it, and moves nothing else for windows of up to 2,500 values.
     """
     scale, zero_point = scale_and_zero_point(low, high, spec)
     hair = scale * 2e-4
+    if ties == "up":
+        return x + ops.stop_gradient(hair)
     return x + ops.stop_gradient(ops.where(x >= -zero_point * scale, hair, -hair))
 
 

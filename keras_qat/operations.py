@@ -45,6 +45,7 @@ class Row:
         factors: `(node, scales of its inputs) -> {"factors": scales, ...}`, whose product is the scale of the op's
             accumulator, for an op whose range can be moved so that all kernels round alike (see `FakeQuant.call`).
         bits: Of the result, where they are more than those of what it reads.
+        ties: Of a "rounded" row, `node -> which way its kernel rounds ties`: "away" from the integer zero, or "up".
         activation: What a "clamp" is as the fused activation of the op in front of it; None where the grid does it all.
     """
 
@@ -57,6 +58,7 @@ class Row:
     refuses: Callable | None = None
     factors: Callable = lambda node, scales: None
     bits: int = 8
+    ties: Callable = lambda node: "away"
     activation: str | None = None
 
     def range_kind(self, node) -> str:
@@ -220,7 +222,11 @@ def _pad_range(node):
 
 
 def _upsampling_range(node):
-    return "same" if getattr(node.operation, "interpolation", "nearest") == "nearest" else "rounded"
+    return "rounded" if emit.interpolates(node) else "same"
+
+
+def _upsampling_ties(node):
+    return "away" if emit.smooth_factors(node) is None else "up"
 
 
 def _masks(node):
@@ -256,7 +262,8 @@ _AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", emit.average_pool, **_POOL)
 _GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", emit.largest, **_POOL)
 _GLOBAL_AVERAGE_POOL = Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, factors=_mean_factors, **_POOL)
 _PAD = Row("PAD", _pad_range, emit.pad, refuses=_pads)
-_UPSAMPLING = Row("RESIZE_*", _upsampling_range, emit.upsampling, refuses=_upsamples)
+_RESIZE = dict(op="RESIZE_*, + DEPTHWISE_CONV_2D", range=_upsampling_range, emit=emit.resize, ties=_upsampling_ties)
+_UPSAMPLING = Row(**_RESIZE, refuses=_upsamples)
 _RESHAPE = Row("RESHAPE", emit=emit.reshape, **_MOVES)
 _TRAINING_ONLY = Row("-", "train")
 
@@ -303,7 +310,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Pad": _PAD,
     "UpSampling1D": _UPSAMPLING,
     "UpSampling2D": _UPSAMPLING,
-    "ops.Resize": Row("RESIZE_*", _upsampling_range, emit.resize, refuses=_resizes),
+    "ops.Resize": Row(**_RESIZE, refuses=_resizes),
     "Reshape": _RESHAPE,
     "Flatten": _RESHAPE,
     "ops.Reshape": _RESHAPE,

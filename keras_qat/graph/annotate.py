@@ -27,6 +27,7 @@ class Site:
         kind: "observed", "fixed", or "rounded" (on the grid of its group, without a say in it).
         limits: The range, if it is fixed.
         bits: Of its integers.
+        rounding: How values come to the grid (see `FakeQuant.call`).
         nonnegative: Its values are known to be ≥ 0.
         is_output: It is an output of the model.
         group: Number of the group of tensors that share its grid.
@@ -37,6 +38,7 @@ class Site:
     kind: str = "observed"
     limits: Limits | None = None
     bits: int = 8
+    rounding: str = "half_up"
     nonnegative: bool = False
     is_output: bool = False
     group: int = -1
@@ -209,7 +211,9 @@ def _site(node, kind: str) -> Site:
         if highest:
             return Site(node.operation.name, "fixed", (0.0, float(highest)))
         return Site(node.operation.name, nonnegative=row.activation is not None)
-    return Site(node.operation.name, kind if kind in ("fixed", "rounded") else "observed", row.limits)
+    if kind == "rounded":
+        return Site(node.operation.name, kind, rounding=row.ties(node))
+    return Site(node.operation.name, kind if kind == "fixed" else "observed", row.limits)
 
 
 def _form_groups(result: Plan, leader_of) -> None:
@@ -333,7 +337,7 @@ class _Annotator:
         return new if site is None else self._on_grid(new, site)
 
     def _on_grid(self, tensor, site: Site):
-        options = {"observe": False, "rounding": "away"} if site.kind == "rounded" else {}
+        options = {"observe": False, "rounding": site.rounding} if site.kind == "rounded" else {}
         if id(tensor) in self.given:
             options["rounding"] = "precise"
         options = {**options, **self.products.get(site.group, {})}

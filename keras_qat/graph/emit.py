@@ -575,23 +575,74 @@ def pad(call: Call) -> None:
     )
 
 
-def upsampling(call: Call) -> None:
-    image = call.as_image(call.inputs[0])
-    height, width = _pair(call.operation.size) if hasattr(call.operation.size, "__len__") else (1, call.operation.size)
-    rows, columns = call.shape(image)[1:3]
-    _resize(call, image, (rows * height, columns * width))
-
-
 def resize(call: Call) -> None:
-    _resize(call, call.inputs[0], call.operation.size)
-
-
-def _resize(call: Call, image: str, size) -> None:
-    batch, _, _, channels = call.shape(image)
+    image = call.as_image(call.inputs[0])
+    batch, *size, channels = call.shape(call.output)
+    size = [1] * (2 - len(size)) + size  # of a series
     result = call.image_output((batch, *size, channels))
-    kind = "NEAREST_NEIGHBOR" if getattr(call.operation, "interpolation", "nearest") == "nearest" else "BILINEAR"
-    call.op(f"RESIZE_{kind}", [image, call.constant("size", size, "int32")], result, halfPixelCenters=True)
+    factors = smooth_factors(call.node)
+    if factors is None or call.is_float:
+        _one_resize(call, "BILINEAR" if interpolates(call.node) else "NEAREST_NEIGHBOR", image, size, result)
+    else:
+        _smooth_resize(call, image, factors, result)
     call.from_image(result)
+
+
+def _one_resize(call: Call, kind: str, image: str, size, result: str) -> None:
+    call.op(f"RESIZE_{kind}", [image, call.constant("size", size, "int32")], result, halfPixelCenters=True)
+
+
+_LARGEST_SMOOTH_FACTOR = 4
+
+
+def _sizes(node) -> list[tuple[int, int]]:
+    """Height and width before and after."""
+    return list(zip(node.input_tensors[0].shape[1:-1], node.outputs[0].shape[1:-1], strict=True))
+
+
+def interpolates(node) -> bool:
+    """Whether a resize has pixels to mix: a single one is only repeated."""
+    is_bilinear = getattr(node.operation, "interpolation", "nearest") == "bilinear"
+    return is_bilinear and any(before not in (1, after) for before, after in _sizes(node))
+
+
+def smooth_factors(node) -> tuple[int, ...] | None:
+    """How many times as large a bilinear image gets, where `_smooth_resize` is worth its multiplications."""
+    pairs = _sizes(node)
+    if not interpolates(node):
+        return None
+    factors = tuple(after // before for before, after in pairs)
+    is_whole = all(after == before * times for (before, after), times in zip(pairs, factors, strict=True))
+    return factors if is_whole and max(factors) <= _LARGEST_SMOOTH_FACTOR else None
+
+
+def _smooth_resize(call: Call, image: str, factors, result: str) -> None:
+    """Bilinear interpolation that rounds alike everywhere: every pixel repeated, then a weighted mean of neighbours.
+
+    RESIZE_BILINEAR does it in one op, but its kernels round ties apart (in 6 % of the results), which layers behind it
+    add up. Here all is on one scale, the accumulator counts `finest` steps of it, and a bias of 1 lifts the ties.
+    """
+    batch, *size, channels = call.shape(result)
+    taps = np.outer(*[_taps(times) for times in factors])
+    margins = [times // 2 for times in factors]
+    repeated = call.twin(result, call.shape(result), "repeated")
+    _one_resize(call, "NEAREST_NEIGHBOR", image, size, repeated)
+    padded = call.twin(result, (batch, *[n + 2 * m for n, m in zip(size, margins, strict=True)], channels), "padded")
+    paddings = call.constant("paddings", [[0, 0], *[[m, m] for m in margins], [0, 0]], "int32")
+    call.op("MIRROR_PAD", [repeated, paddings], padded, mode=schema.MirrorPadMode.SYMMETRIC)
+
+    finest = 127 // taps.max()
+    scale, step = 1.0 / (finest * taps.sum()), call.program.tensors[image].scale[0] / (finest * taps.sum())
+    integers = np.repeat(finest * taps[None, :, :, None], channels, axis=-1)
+    weights = call.constant("weights", integers, "int8", scale=(float(scale),) * channels, axis=3)
+    bias = call.constant("bias", np.ones(channels), "int32", scale=(float(step),) * channels, axis=0)
+    options = dict(strideH=1, strideW=1, dilationHFactor=1, dilationWFactor=1, depthMultiplier=1)
+    call.op("DEPTHWISE_CONV_2D", [padded, weights, bias], result, padding=schema.Padding.VALID, **options)
+
+
+def _taps(times: int) -> np.ndarray:
+    """Weights with which repeated pixels become interpolated ones: a window as wide as a pixel was."""
+    return np.ones(times, int) if times % 2 else np.array([1, *[2] * (times - 1), 1])
 
 
 def slice_keys(node) -> tuple:

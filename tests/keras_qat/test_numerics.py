@@ -172,22 +172,24 @@ def test_fake_quant_is_idempotent():
         np.testing.assert_array_equal(once, numerics.fake_quant(once, tf.constant(low), tf.constant(high), ACTIVATIONS))
 
 
+@pytest.mark.parametrize("ties", ["away", "up"])
 @pytest.mark.parametrize("count", [2, 4, 9, 16, 48, 2500])
-def test_away_from_zero_decides_ties_of_averages_as_the_kernel(count):
-    """AVERAGE_POOL_2D: the sum of int8 values divided by their number, rounded half away from the integer 0."""
+def test_ties_of_averages_are_broken_as_the_kernels_do(count, ties):
+    """AVERAGE_POOL_2D divides the sum of int8 values by their number, and rounds half away from the integer 0."""
     low, high = np.float32(-0.7), np.float32(1.9)
     scale, zero_point = numerics.scale_and_zero_point(low, high, ACTIVATIONS)
     generator = np.random.default_rng(count)
-    ties = count * np.arange(-128, 127) + count // 2
-    sums = np.concatenate([ties, generator.integers(-128 * count, 127 * count, 4000)])
-    expected = np.where(sums >= 0, (sums + count // 2) // count, -((-sums + count // 2) // count))
+    on_ties = count * np.arange(-128, 127) + count // 2
+    sums = np.concatenate([on_ties, generator.integers(-128 * count, 127 * count, 4000)])
+    up = (sums + count // 2) // count
+    expected = up if ties == "up" else np.where(sums >= 0, up, -((-sums + count // 2) // count))
     averages = ((sums / count - zero_point) * scale).astype("float32")
     bounds = tf.constant(low), tf.constant(high)
 
     def integers(x):
         return np.round(numerics.fake_quant(x, *bounds, ACTIVATIONS) / scale) + zero_point
 
-    np.testing.assert_array_equal(integers(numerics.away_from_zero(averages, *bounds, ACTIVATIONS)), expected)
+    np.testing.assert_array_equal(integers(numerics.with_ties_broken(averages, *bounds, ACTIVATIONS, ties)), expected)
     if count % 2 == 0:
         assert not np.array_equal(integers(averages), expected)  # without it they differ
 
