@@ -5,7 +5,7 @@ import dataclasses
 import keras
 from keras import tree
 
-from keras_qat.graph.walk import Reused, fresh_inputs, nodes_of, producers_of, rebuild
+from keras_qat.graph.walk import Reused, connect, fresh_inputs, nodes_of, producers_of, rebuild
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.primitives import Clamp, Constant, Pointwise
@@ -317,11 +317,11 @@ class _Annotator:
         if isinstance(node.operation, Clamp) and id(node) not in self.plan.fused:
             # Its grid ends where it does, but calibration and the time before quantization know no grids.
             result = Rescale(name=f"{node.operation.name}.copy")(args[0], scales[0], self._scale_at(site, args[0]))
-            result = self.reused[node.operation](result)
+            result = self.reused.call(node, (result,), {})
         elif isinstance(node.operation, GridLayer):
-            result = self.reused[node.operation](args[0], scales[0], self._scale_at(site, args[0]), **kwargs)
+            result = self.reused.call(node, (args[0], scales[0], self._scale_at(site, args[0])), kwargs)
         else:
-            result = self.reused[node.operation](*args, **kwargs)
+            result = self.reused.call(node, args, kwargs)
         self.scale_of[id(result)] = next(iter(scales), None)
         if isinstance(node.operation, (Constant, Pointwise)):
             self.given.add(id(result))
@@ -329,7 +329,7 @@ class _Annotator:
 
     def _scale_at(self, site: Site, x):
         """The scale of a site's grid, before its tensor is there."""
-        return self.fake_quants[site.group](x, site=site.index, peek=True)[1]
+        return self._fake_quant(site, x, {"peek": True})[1]
 
     def _behind(self, old, new):
         """The new tensor, on its grid if the plan wants one there."""
@@ -341,9 +341,16 @@ class _Annotator:
         if id(tensor) in self.given:
             options["rounding"] = "precise"
         options = {**options, **self.products.get(site.group, {})}
-        value, scale = self.fake_quants[site.group](tensor, site=site.index, **options)
+        value, scale = self._fake_quant(site, tensor, options)
         self.scale_of[id(value)] = scale
         return value
+
+    def _fake_quant(self, site: Site, x, options):
+        """Calls the layer that finds the site's range: the value on its grid, and the grid's scale."""
+        layer = self.fake_quants[site.group]
+        if not layer.built:
+            layer.build(x.shape)
+        return connect(layer, (x,), {"site": site.index, **options}, layer.compute_output_spec(x))
 
     def _moved(self, node, args, kwargs):
         """The arguments, those of another grid brought to that of the node's group."""

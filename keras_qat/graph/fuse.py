@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_qat.graph.probabilities import refine_probabilities
-from keras_qat.graph.walk import Reused, calls_of, key_of, nodes_of, path_of, producers_of, readers_of, rewrite
+from keras_qat.graph.walk import Reused, calls_of, connect, key_of, nodes_of, path_of, producers_of, readers_of, rewrite
 from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.primitives import InFloat
@@ -46,7 +46,7 @@ def _merge_scalings(model):
 
     def visit(node, args, kwargs):
         if not is_scaling(node):
-            return reused[node.operation](*args, **kwargs)
+            return reused.call(node, args, kwargs)
         layer, before = node.operation, producers.get(id(node.input_tensors[0]))
         multiplier, offset = layer.factors, layer.offsets
         if is_scaling(before) and goes_on(before):
@@ -91,7 +91,7 @@ def _take_over_scalings(model, rules):
         multiplier, offset = taken.get(id(node.operation), (1.0, 0.0))
         if offset != 0 and getattr(node.operation, "padding", "valid") != "valid":
             args = (_padded_like(node.operation, args[0], -offset / multiplier), *args[1:])
-        return reused[node.operation](*args, **kwargs)
+        return reused.call(node, args, kwargs)
 
     return rewrite(model, visit), taken
 
@@ -155,14 +155,16 @@ def _wrap_weights(model, rules, input_scalings):
         if key_of(operation) == "ChannelScale" and operation.is_one_number and operation.scalars[1] == 0:
             return Rescale(operation.scalars[0], name=operation.name)(args[0])
         if not _has_weights(operation):
-            return reused[operation](*args, **kwargs)
+            return reused.call(node, args, kwargs)
         norm_node = norm_of.get(id(operation))
         if id(operation) not in wrapped:
             norm = norm_node and norm_node.operation
             wrapped[id(operation)] = _quantized(operation, norm, input_scalings, rules, args[0])
+            wrapped[id(operation)].build(args[0].shape)
         # A frozen backbone is called with training=False: that matters to the batch norm.
         training = (norm_node or node).arguments.kwargs.get("training")
-        return wrapped[id(operation)](args[0], **({} if training is None else {"training": training}))
+        options = {} if training is None else {"training": training}
+        return connect(wrapped[id(operation)], (args[0],), options, node.outputs)
 
     return rewrite(model, visit)
 

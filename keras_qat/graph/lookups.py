@@ -70,7 +70,7 @@ def merge_lookups(model: keras.Model) -> keras.Model:
                 keras.tree.flatten(inputs)[0]
             )  # its argument means nothing and shall hinder nothing
         else:
-            result = reused[node.operation](*args, **kwargs)
+            result = reused.call(node, args, kwargs)
         new.update(zip(map(id, node.outputs), keras.tree.flatten(result), strict=True))
         return result
 

@@ -39,7 +39,7 @@ def refine_probabilities(model, stays_in_float: Callable = lambda node: False):
         name = node.operation.name
         if id(node) in weights:
             return Probabilities(weights[id(node)], name=name)(args[0])
-        result = WideMatmul(name=name)(*args, **kwargs) if id(node) in wide else reused[node.operation](*args, **kwargs)
+        result = WideMatmul(name=name)(*args, **kwargs) if id(node) in wide else reused.call(node, args, kwargs)
         return Narrow(name=f"{name}.narrow")(result) if id(node) in ends else result
 
     return rewrite(model, visit)

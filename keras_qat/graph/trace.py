@@ -14,7 +14,7 @@ from keras import ops, tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_losses import collected, with_losses
-from keras_qat.graph.walk import clone, key_of, nodes_of, rebuild
+from keras_qat.graph.walk import Reused, clone, key_of, nodes_of, rebuild
 from keras_qat.primitives import Constant
 from tflite_export.program import unique_name
 
@@ -93,6 +93,7 @@ class _Tracer:
         self.problems: list[Problem] = []
         self._lowerings: dict[object, tuple] = {}
         self._clones: dict[int, object] = {}
+        self._made: dict[int, object] = {}
         self._identities: dict[int, object] = {}
         self._moved: dict[tuple, tuple] = {}
         self._names: set[str] = set()
@@ -102,7 +103,8 @@ class _Tracer:
         try:
             lowering = self._lowering_of(operation, args, kwargs)
             if lowering is not None:
-                return self._regularized(operation, self._open_call(lowering, operation, args, kwargs, path), path)
+                outputs = self._open_call(lowering, operation, args, kwargs, path, is_rule=True)
+                return self._regularized(operation, outputs, path)
         except Exception as error:  # an `activation=` that only takes numbers, arguments that no rule expects
             return self._leave_closed(operation, args, kwargs, path, _why_closed(operation, error))
         if self.is_primitive(operation):
@@ -121,9 +123,20 @@ class _Tracer:
             return self._open_call(composite.call, composite, args, kwargs, path)
         return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
 
-    def _open_call(self, call, composite, args, kwargs, path):
+    def _open_call(self, call, composite, args, kwargs, path, is_rule=False):
         graph, tensors, outputs = run_call(call, composite, args, kwargs)
-        return outputs if graph is None else self._visit_graph(graph, tensors, composite, kwargs, path)
+        if graph is None:
+            return outputs
+        if is_rule:
+            self._note_made(graph, composite)
+        return self._visit_graph(graph, tensors, composite, kwargs, path)
+
+    def _note_made(self, graph, composite):
+        """What a rule made itself need not be copied, unlike the layers of the model that it calls."""
+        given = {id(layer) for layer in composite._flatten_layers()} if isinstance(composite, keras.Layer) else ()
+        for node in nodes_of(graph):
+            if id(node.operation) not in given:
+                self._made.setdefault(id(node.operation), node.operation)
 
     def _visit_graph(self, graph, tensors, composite, kwargs, path):
         training = kwargs.get("training")
@@ -210,13 +223,20 @@ class _Tracer:
     def _call_copy(self, operation, args, kwargs, path):
         if isinstance(operation, keras.Layer):
             if id(operation) not in self._clones:
-                self._clones[id(operation)] = (operation, clone(operation, self._unique(path)))
+                self._clones[id(operation)] = (operation, self._copy_of(operation, self._unique(path)))
             copy = self._clones[id(operation)][1]
             if isinstance(copy, Constant) and copy._inbound_nodes:
                 return copy.output  # it is the same tensor wherever it is read
         else:
             copy = clone(operation, self._unique(path))
         return copy(*args, **kwargs)
+
+    def _copy_of(self, layer, name):
+        if id(layer) not in self._made or layer.dtype_policy.name != "float32":
+            return clone(layer, name)
+        layer = Reused()[layer]
+        layer.name = name
+        return layer
 
     def _leave_closed(self, operation, args, kwargs, path, reason):
         way_out = _instead_of(reason) or "Rebuild it from what keras_qat/OPERATIONS.md lists."

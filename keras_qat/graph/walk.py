@@ -130,6 +130,19 @@ def calls_of(model) -> collections.Counter:
     return collections.Counter(id(node.operation) for node in nodes_of(model))
 
 
+_Node = type(keras.Input(())._keras_history.operation._inbound_nodes[0])
+
+
+def connect(operation, args, kwargs, like):
+    """Calls a built operation on symbolic tensors without running it; what comes of it looks like the tensors `like`.
+
+    Running it is what costs most of the time that a rewrite takes. Returns one tensor, or a list of several.
+    """
+    outputs = [keras.KerasTensor(tensor.shape, tensor.dtype) for tensor in like]
+    _Node(operation, args, kwargs, outputs)
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
 class Reused:
     """What a rewrite calls in place of the old operations: the same ones, what they were called on before forgotten.
 
@@ -146,3 +159,7 @@ class Reused:
             del operation._inbound_nodes[:]
             del operation._outbound_nodes[:]
         return operation
+
+    def call(self, node, args, kwargs):
+        """The node's operation, called on other tensors of the same shapes."""
+        return connect(self[node.operation], args, kwargs, node.outputs)

@@ -31,14 +31,10 @@ class MovingAverage(keras.layers.Layer):
         self.nonnegative = tuple(nonnegative) or (False,) * sites
 
     def build(self, input_shape=None):
-        self.ranges = [self._state(f"range_{site}", (2,)) for site in range(self.sites)]
-        self.batches = [self._state(f"batches_{site}", ()) for site in range(self.sites)]
-
-    def _state(self, name, shape):
-        # float32 under every dtype policy: a range in half precision would move the grid.
-        return self.add_weight(
-            name=name, shape=shape, initializer="zeros", trainable=False, dtype="float32", autocast=False
-        )
+        # Lowest value, highest value, number of batches. In one variable, because a large model has hundreds of sites;
+        # float32 under every dtype policy, because a range in half precision would move the grid.
+        options = {"initializer": "zeros", "trainable": False, "dtype": "float32", "autocast": False}
+        self.seen = [self.add_weight(name=f"seen_{site}", shape=(3,), **options) for site in range(self.sites)]
 
     def limits(self, x, site=0, observe=False):
         """Returns `(low, high)`, having taken in `x` first if it is to `observe`."""
@@ -48,7 +44,7 @@ class MovingAverage(keras.layers.Layer):
         # Before anything was observed a batch is quantized by its own range, so that a fresh model predicts something.
         return ops.unstack(
             ops.cond(
-                self.batches[site] > 0,
+                self.seen[site][2] > 0,
                 lambda: ops.stack(self.known_limits()),
                 lambda: ops.stack(ops.unstack(self._range_of(x, site))),
             )
@@ -56,35 +52,32 @@ class MovingAverage(keras.layers.Layer):
 
     def include(self, x, site: int) -> None:
         """Widens the range of a site so that it holds all of `x` (calibration by minimum and maximum)."""
-        batch = self._range_of(x, site)
-        low = ops.minimum(self.ranges[site][0], batch[0])
-        high = ops.maximum(self.ranges[site][1], batch[1])
-        self.ranges[site].assign(ops.stack([low, high]))
-        self.batches[site].assign_add(1.0)
+        batch, (low, high, count) = self._range_of(x, site), ops.unstack(self.seen[site].value)
+        self.seen[site].assign(ops.stack([ops.minimum(low, batch[0]), ops.maximum(high, batch[1]), count + 1.0]))
 
     def forget(self) -> None:
         """Goes back to the state before the first batch."""
-        for variable in (*self.ranges, *self.batches):
+        for variable in self.seen:
             variable.assign(ops.zeros_like(variable))
 
     def was_observed(self) -> bool:
-        return all(ops.convert_to_numpy(count) > 0 for count in self.batches)
+        return all(ops.convert_to_numpy(variable)[2] > 0 for variable in self.seen)
 
     def _range_of(self, x, site):
         low = ops.zeros(()) if self.nonnegative[site] else ops.min(x)
         return ops.stop_gradient(ops.stack([ops.minimum(low, 0.0), ops.maximum(ops.max(x), 0.0)]))
 
     def _take_in(self, batch, site):
-        count = self.batches[site] + 1.0
-        rate = ops.maximum(1.0 - self.momentum, 1.0 / count)
-        self.batches[site].assign(count)
-        self.ranges[site].assign_add((batch - self.ranges[site]) * rate)
+        low, high, count = ops.unstack(self.seen[site].value)
+        rate = ops.maximum(1.0 - self.momentum, 1.0 / (count + 1.0))
+        step = ops.stack([(batch[0] - low) * rate, (batch[1] - high) * rate, 1.0])
+        self.seen[site].assign_add(step)
 
     def known_limits(self):
         """The range as observed so far: the union over the sites."""
         if self.sites == 1:
-            return ops.unstack(self.ranges[0].value)
-        lows, highs = ops.unstack(ops.stack([variable.value for variable in self.ranges]), axis=1)
+            return ops.unstack(self.seen[0].value)[:2]
+        lows, highs, _ = ops.unstack(ops.stack([variable.value for variable in self.seen]), axis=1)
         return ops.min(lows), ops.max(highs)
 
     def get_config(self):
