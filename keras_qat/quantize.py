@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
@@ -61,7 +62,7 @@ def quantize(
         kq.export(qat, "model.tflite", verify_with=x_test)
         ```
     """
-    with _garbage_left():
+    with _garbage_left(), tf.variable_creator_scope(_without_scope):
         prepared = _prepare(model, scheme, rules, input_range, inputs)
         if prepared.problems:
             raise UnsupportedModelError(prepared.problems)
@@ -81,6 +82,15 @@ def _garbage_left():
     finally:
         if was_collecting:
             gc.enable()
+
+
+def _without_scope(create, **options):
+    """Variables whose handles have short names. TensorFlow makes a kernel for each handle of another name, which takes 1 ms.
+
+    (That is TensorFlow's name of a variable, which Keras has no use for; its own path is what it always is.)
+    """
+    with tf.name_scope(""):
+        return create(**options)
 
 
 @dataclasses.dataclass(frozen=True)
