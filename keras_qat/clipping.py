@@ -30,17 +30,17 @@ def scale_to_norm(gradients, size, max_norm):
     return [gradient * factor for gradient in gradients]
 
 
-def unit_norm(values, channel_axes=(-1,)):
-    """The norm of each output unit, shaped to multiply `values`; vectors and numbers are one unit."""
+def unit_norms(values, channel_axes=(-1,)):
+    """The norm of each output unit, shaped to multiply `values`."""
     rank = len(values.shape)
-    units = {axis % rank for axis in channel_axes} if rank > 1 else set()
+    units = {axis % rank for axis in channel_axes}
     return ops.sqrt(ops.sum(ops.square(values), [axis for axis in range(rank) if axis not in units], keepdims=True))
 
 
-def adaptive_factor(gradient, weight, factor, eps, channel_axes=(-1,)):
-    """What adaptive clipping multiplies each unit by: `max_norm / max(|G|, max_norm)`, `max_norm = factor·max(|W|, eps)`."""
-    max_norm = factor * ops.maximum(unit_norm(weight, channel_axes), eps)
-    return max_norm / ops.maximum(unit_norm(gradient, channel_axes), max_norm)
+def adaptive_factor(gradient_norm, weight_norm, factor, eps):
+    """What adaptive clipping multiplies a unit by: `max_norm / max(|G|, max_norm)`, `max_norm = factor·max(|W|, eps)`."""
+    max_norm = factor * ops.maximum(weight_norm, eps)
+    return max_norm / ops.maximum(gradient_norm, max_norm)
 
 
 def percentile(values, count, p):
@@ -156,15 +156,29 @@ class Adaptive(Policy):
         _require_positive(self, "eps")
 
     def update(self, gradients, weights, state):
-        factors = [
-            [
-                adaptive_factor(g, weight.value, self.factor, self.eps, weight.channel_axes)
-                for g, weight in zip(layer, layer_weights, strict=True)
-            ]
-            for layer, layer_weights in zip(gradients, weights, strict=True)
+        pairs = list(zip(tree.flatten(gradients), [weight for layer in weights for weight in layer], strict=True))
+        factors = [self._of_units(*pair) if len(pair[0].shape) > 1 else None for pair in pairs]
+        smallest = [ops.min(factor) for factor in factors if factor is not None]
+        single = [index for index, factor in enumerate(factors) if factor is None]  # vectors and numbers: one unit each
+        if single:
+            together = self._of_tensors([pairs[index] for index in single])
+            smallest.append(ops.min(together))
+            for index, factor in zip(single, ops.unstack(together), strict=True):
+                factors[index] = factor
+        new = [g * factor for (g, _), factor in zip(pairs, factors, strict=True)]
+        return tree.pack_sequence_as(gradients, new), ops.min(ops.stack(smallest)) < 1.0, state
+
+    def _of_units(self, gradient, weight):
+        norms = [unit_norms(tensor, weight.channel_axes) for tensor in (gradient, weight.value)]
+        return adaptive_factor(*norms, self.factor, self.eps)
+
+    def _of_tensors(self, pairs):
+        """The factors of many small tensors in a few ops: there is one such pair for every norm and bias of a model."""
+        norms = [
+            ops.sqrt(ops.stack([squared_norm([tensor]) for tensor in tensors]))
+            for tensors in ([gradient for gradient, _ in pairs], [weight.value for _, weight in pairs])
         ]
-        new = tree.map_structure(ops.multiply, gradients, factors)
-        return new, ops.min(ops.stack([ops.min(factor) for factor in tree.flatten(factors)])) < 1.0, state
+        return adaptive_factor(*norms, self.factor, self.eps)
 
 
 @dataclasses.dataclass(frozen=True)

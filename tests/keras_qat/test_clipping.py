@@ -170,10 +170,12 @@ def test_adaptive_units_follow_the_channel_axes():
     """A depthwise kernel's units are its channels, each over its own window."""
     generator = np.random.default_rng(0)
     weight, gradient = (generator.normal(size=(3, 3, 4, 2)).astype("float32") for _ in range(2))
-    factor = clipping.adaptive_factor(gradient, weight, 0.01, 1e-3, channel_axes=(-2, -1))
+    policy = clipping.Adaptive(0.01, 1e-3)
+    [[clipped]], was_clipped, _ = policy.update([[gradient]], [[clipping.Weight(weight, (-2, -1))]], ())
     limit = 0.01 * np.linalg.norm(weight.reshape(9, 8), axis=0)
-    expected = limit / np.linalg.norm(gradient.reshape(9, 8), axis=0)
-    np.testing.assert_allclose(np.ravel(factor), expected, rtol=1e-6)
+    expected = gradient * (limit / np.linalg.norm(gradient.reshape(9, 8), axis=0)).reshape(4, 2)
+    np.testing.assert_allclose(clipped, expected, rtol=1e-6)
+    assert was_clipped
 
 
 def test_of_equal_entries_top_k_keeps_the_first():
