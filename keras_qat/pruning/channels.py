@@ -151,7 +151,7 @@ class Slots:
         What has to stay stays, and so does what is read for it, back to where nothing more is read. A tensor that
         would be left without a channel keeps its first one.
         """
-        label = self._labels()
+        label = self.labels()
         alive = np.zeros(self._count, bool)  # of labels; a slot's label is a slot, too
         mixings = [
             dataclasses.replace(m, inputs=Channels(label[m.inputs.slots], m.inputs.constants), outputs=label[m.outputs])
@@ -180,7 +180,7 @@ class Slots:
                     changed |= not alive[read].all()
                     alive[read] = True
 
-    def _labels(self) -> np.ndarray:
+    def labels(self) -> np.ndarray:
         """For each slot the lowest one that it is tied to, over however many ties."""
         label = np.arange(self._count)
         if not self._ties:

@@ -8,8 +8,8 @@ import tensorflow as tf
 from keras import ops
 
 from keras_qat.pruning import criteria
-from keras_qat.pruning.patterns import Channels, NofM, local_mask, mask_in_weights
-from keras_qat.pruning.selection import largest_of_all
+from keras_qat.pruning.patterns import Channels, NofM, mask_in_weights
+from keras_qat.pruning.selection import keep_count, largest, largest_of_all
 from keras_qat.pruning.targets import Policy, Target
 from keras_qat.schedules import Schedule, last_chosen
 
@@ -29,6 +29,7 @@ class Masks:
         self.pattern, self.criterion = policy.pattern, criteria.resolve(policy.criterion)
         self.schedule, self.targets = schedule, targets
         self.global_scope, self.floor = scope == "global" and not isinstance(self.pattern, NofM), floor
+        self._groups = _groups(targets)
         self._masks = [_variable(target.variable.shape, "bool", "ones") for target in targets]
         self._of_companions = [[_variable(v.shape, "bool", "ones") for v in target.companions] for target in targets]
         self._pending = _variable((), "bool", "zeros")
@@ -88,15 +89,28 @@ class Masks:
 
     def _best(self, scores, sparsity) -> list:
         """The masks over the largest scores."""
-        if not self.global_scope:
-            return [local_mask(self.pattern, s, sparsity, t.layout) for s, t in zip(scores, self.targets, strict=True)]
-        rows = [self.pattern.unit_scores(s, t.layout) for s, t in zip(scores, self.targets, strict=True)]
-        sizes = [self.pattern.unit_sizes(tuple(t.variable.shape), t.layout) for t in self.targets]
-        kept = largest_of_all(rows, sizes, sparsity, self.floor)
+        if isinstance(self.pattern, NofM):
+            return [self.pattern.mask(s, sparsity, t.layout) for s, t in zip(scores, self.targets, strict=True)]
+        rows, sizes = zip(*[self._units_of(group, scores) for group in self._groups], strict=True)
+        if self.global_scope:
+            chosen = largest_of_all(rows, sizes, sparsity, self.floor)
+        else:
+            chosen = [largest(row, keep_count(row.shape[0], sparsity)) for row in rows]
+        kept = {place: units for group, units in zip(self._groups, chosen, strict=True) for place in group}
         return [
-            self.pattern.spread(units, tuple(t.variable.shape), t.layout)
-            for units, t in zip(kept, self.targets, strict=True)
+            self.pattern.spread(kept[place], tuple(target.variable.shape), target.layout)
+            for place, target in enumerate(self.targets)
         ]
+
+    def _units_of(self, group: list[int], scores):
+        """The scores and sizes of units; of those that go together the mean over all their weights, and the sum."""
+        targets = [self.targets[place] for place in group]
+        sizes = [self.pattern.unit_sizes(tuple(t.variable.shape), t.layout) for t in targets]
+        rows = [self.pattern.unit_scores(scores[place], t.layout) for place, t in zip(group, targets, strict=True)]
+        if len(group) == 1:
+            return rows[0], sizes[0]
+        total = np.sum(sizes, axis=0)
+        return sum(row * (size / total).astype("float32") for row, size in zip(rows, sizes, strict=True)), total
 
     def _assign(self, masks) -> None:
         for target, own, of_companions, mask in zip(self.targets, self._masks, self._of_companions, masks, strict=True):
@@ -115,6 +129,14 @@ class Masks:
     def counts(self) -> tuple[int, int]:
         """How many weights are removed, of how many."""
         return _removed(self._masks), sum(math.prod(mask.shape) for mask in self._masks)
+
+
+def _groups(targets: list[Target]) -> list[list[int]]:
+    """The places of targets, those together whose channels are coupled."""
+    groups: dict[object, list[int]] = {}
+    for place, target in enumerate(targets):
+        groups.setdefault(target.coupled or (place, "alone"), []).append(place)
+    return list(groups.values())
 
 
 def _removed(masks) -> int:

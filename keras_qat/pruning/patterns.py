@@ -10,7 +10,6 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_qat.pruning.selection import keep_count, largest
 from keras_qat.weighted import Layout
 
 
@@ -81,7 +80,12 @@ def _cut(length, size) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Channels(_Units):
-    """Whole output channels, with their biases and the batch norm behind them: nothing is left of such a channel."""
+    """Whole output channels, with their biases and the batch norm behind them: nothing is left of such a channel.
+
+    Channels that an addition ties together (those of all layers that end in one residual stream) go together, by the mean
+    score of all of their weights: alone none of them could be taken out of the model. (In a float model; a QAT model is not
+    made smaller, and layers with different rules choose for themselves.)
+    """
 
     def unit_scores(self, scores, layout):
         return ops.reshape(ops.mean(scores, _shared_axes(scores.shape, layout)), (-1,))
@@ -141,14 +145,6 @@ class NofM:
 
 
 Pattern = Weights | Blocks | Channels | NofM
-
-
-def local_mask(pattern: Pattern, scores, sparsity, layout: Layout):
-    """The mask of one kernel on its own: the share `1 - sparsity` of its units with the largest scores."""
-    if isinstance(pattern, NofM):
-        return pattern.mask(scores, sparsity, layout)
-    units = pattern.unit_scores(scores, layout)
-    return pattern.spread(largest(units, keep_count(units.shape[0], sparsity)), scores.shape, layout)
 
 
 def mask_in_weights(pattern: Pattern, weights, layout: Layout):

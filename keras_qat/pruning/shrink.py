@@ -65,6 +65,28 @@ def shrink(model: keras.Model, *, inputs=None) -> keras.Model:
     return keras.Model(new_inputs, rebuild(flat, builder.visit, tree.flatten(new_inputs)), name=flat.name)
 
 
+def coupled_channels(model: keras.Model) -> dict[str, tuple[int, ...]]:
+    """What tells which output channels of kernels can only go together: those of the same number, in whatever kernels.
+
+    Returns:
+        The numbers of a layer's output channels by the path of the layer; empty for what cannot be taken apart.
+    """
+    if is_qat(model):
+        return {}
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what they say is of the smaller model
+            flat = flattened(model)
+    except ValueError:
+        return {}
+    slots, paths = _analysis(flat).slots, {id(layer): path_of(layer) for layer in flat.layers}
+    label = slots.labels()
+    return {
+        paths[layer_id]: tuple(label[mixing.outputs].tolist())
+        for (layer_id, what), mixing in slots.mixings.items()
+        if what == "kernel"
+    }
+
+
 # --- one flat graph --------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from keras_qat.graph.walk import nodes_of, producers_of, readers_of
 from keras_qat.layers import Quantized
 from keras_qat.pruning import criteria
 from keras_qat.pruning.patterns import Channels, NofM, Pattern, Weights
+from keras_qat.pruning.shrink import coupled_channels
 from keras_qat.schedules import Schedule, of_sparsity
 from keras_qat.spec import Rule
 from keras_qat.weighted import (
@@ -102,6 +103,7 @@ class Target:
         layout: How it lies in memory.
         policy: How it is pruned.
         companions: Vectors with an entry for each output channel, which go with a channel that is removed as a whole.
+        coupled: Numbers of the output channels; what has the same ones elsewhere goes together with them. None: nothing.
     """
 
     path: str
@@ -109,6 +111,7 @@ class Target:
     layout: Layout
     policy: Policy
     companions: tuple[keras.Variable, ...] = ()
+    coupled: tuple[int, ...] | None = None
 
 
 def find_targets(model: keras.Model, default: Policy, rules: Sequence[tuple[Rule, Policy | None]]) -> list[Target]:
@@ -130,6 +133,9 @@ def find_targets(model: keras.Model, default: Policy, rules: Sequence[tuple[Rule
         named = rule is not None and not matches_layer(rule.pattern, item)
         for variable in _variables_of(item, rule, named):
             targets.append(_target(item, variable, policy, norms))
+    if any(isinstance(target.policy.pattern, Channels) for target in targets):
+        coupled = coupled_channels(model)
+        targets = [dataclasses.replace(target, coupled=coupled.get(target.path)) for target in targets]
     if not targets:
         raise ValueError(
             f"Model {model.name!r} has no layer to prune: norms, biases, depthwise kernels and the last layer are left "

@@ -14,8 +14,8 @@ from keras import layers, ops, optimizers
 import keras_qat as kq
 from keras_qat import schedules
 from keras_qat.callbacks import GradientClipping, Pruning
-from keras_qat.pruning import Blocks, Channels, NofM, Policy, Weights, report
-from keras_qat.pruning.patterns import local_mask, mask_in_weights
+from keras_qat.pruning import Blocks, Channels, NofM, Policy, Weights, report, shrink
+from keras_qat.pruning.patterns import mask_in_weights
 from keras_qat.pruning.selection import keep_count, largest, largest_of_all
 from keras_qat.pruning.targets import find_targets, last_layers
 from keras_qat.weighted import Layout, layout_of
@@ -46,6 +46,14 @@ def test_counts_are_exact(units, sparsity):
 
 def test_halves_are_rounded_to_even_as_in_tfmot():
     assert [int(keep_count(5, 0.5)), int(keep_count(7, 0.5)), int(keep_count(3, 0.99))] == [2, 4, 1]
+
+
+def local_mask(pattern, scores, sparsity, layout):
+    """The mask of one kernel by itself."""
+    if isinstance(pattern, NofM):
+        return pattern.mask(scores, sparsity, layout)
+    units = pattern.unit_scores(scores, layout)
+    return pattern.spread(largest(units, keep_count(units.shape[0], sparsity)), scores.shape, layout)
 
 
 def test_golden_two_of_four():
@@ -293,6 +301,47 @@ def test_channels_take_their_bias_and_batch_norm_along():
         assert np.array_equal(np.asarray(vector)[dead], np.zeros(4))
     output = keras.Model(model.inputs, norm.output).predict(X, verbose=0)
     assert np.all(output[..., dead] == 0) and np.all(np.any(output[..., ~dead] != 0, (0, 1, 2)))
+
+
+def two_branches():
+    """Two blocks that end in one residual stream."""
+    inputs = keras.Input((8, 8, 4))
+    x = layers.Conv2D(6, 1, name="stem")(inputs)
+    for block in ("one", "two"):
+        y = layers.Conv2D(10, 3, padding="same", activation="relu", name=f"{block}_in")(x)
+        x = x + layers.BatchNormalization()(layers.Conv2D(6, 1, use_bias=False, name=f"{block}_out")(y))
+    return keras.Model(inputs, layers.Dense(3, name="classes")(layers.GlobalAveragePooling2D()(layers.ReLU()(x))))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_channels_that_an_addition_ties_go_together(scope):
+    """By the mean score of all of their weights; what is dead then can be taken out."""
+    keras.utils.set_random_seed(1)
+    model = two_branches()
+    kernels = {name: np.asarray(model.get_layer(name).kernel) for name in ("stem", "one_out", "two_out")}
+    train(model, [Pruning(0.5, pattern=Channels(), scope=scope)], epochs=1)
+    dead = {name: np.all(np.asarray(model.get_layer(name).kernel) == 0, (0, 1, 2)) for name in kernels}
+    assert all(np.array_equal(each, dead["stem"]) for each in dead.values())
+    assert not np.array_equal(dead["stem"], np.all(np.asarray(model.get_layer("one_in").kernel) == 0, (0, 1, 2))[:6])
+    if scope == "layer":
+        means = np.concatenate([abs(kernel).reshape(-1, 6) for kernel in kernels.values()]).mean(0)
+        assert np.array_equal(dead["stem"], means < np.sort(means)[3])
+    smaller = shrink(model)
+    assert smaller.get_layer("two_out").filters == np.sum(~dead["stem"])
+
+
+def test_without_a_graph_every_kernel_chooses_for_itself():
+    class Undecided(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = layers.Dense(8, name="first"), layers.Dense(3, name="second")
+
+        def call(self, x):
+            return self.second(self.first(x) if ops.sum(x) > 0 else self.first(-x))
+
+    model = Undecided()
+    model(np.ones((2, 4), "float32"))
+    assert [target.coupled for target in targets_of(model, pattern=Channels()).values()] == [None]
 
 
 # --- in training -----------------------------------------------------------------------------------------------------
