@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 from ai_edge_litert.interpreter import Interpreter
 from nets import NETS
-from printout import default_out, heading, publish
+from printout import default_out, heading, publish, write
 
 import keras_qat as kq
 import tflite_export
@@ -113,7 +113,8 @@ def measure(name: str, rounds: int) -> tuple[File, File]:
     network = MODELS[name]
     model = network.build()
     generator = np.random.default_rng(0)
-    shapes = [(_SAMPLES, *x.shape[1:]) for x in model.inputs]
+    inputs = model.inputs if hasattr(model, "inputs") else kq.quantize(model).inputs
+    shapes = [(_SAMPLES, *x.shape[1:]) for x in inputs]
     samples = [generator.uniform(network.low, network.high, shape).astype("float32") for shape in shapes]
     files = [_file(_ours, model, samples), _file(_theirs, model, samples)]
     _take_turns([file for file in files if not file.reason], rounds)
@@ -212,7 +213,9 @@ def in_own_process(name: str, rounds: int) -> tuple[File, File]:
             return pool.submit(measure, name, rounds).result()
         except concurrent.futures.process.BrokenProcessPool:
             lost = File(reason="its process died (out of memory?)")
-            return lost, lost
+        except Exception as error:  # one network shall not take the others' results with it
+            lost = File(reason=_in_short(error))
+        return lost, lost
 
 
 def row(name: str, ours: File, theirs: File) -> tuple:
@@ -289,6 +292,7 @@ def main(_) -> None:
     for name in _MODELS.value:
         results[name] = in_own_process(name, _ROUNDS.value)
         print(f"  {name}: {results[name][0].reason or 'done'}", flush=True)
+        write(text_of(results, _ROUNDS.value), _OUT.value)  # so far: all of them take half an hour
     publish(text_of(results, _ROUNDS.value), _OUT.value)
 
 

@@ -36,6 +36,10 @@ def default_out(script: str) -> str:
 def publish(text: str, out: str) -> None:
     """Prints the text and keeps it in a file."""
     print(text)
+    write(text, out)
+
+
+def write(text: str, out: str) -> None:
     path = pathlib.Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
