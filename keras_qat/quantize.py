@@ -1,8 +1,6 @@
 """`quantize` and `explain`: the way from a float model to a QAT model, and what it would do on the way."""
 
-import contextlib
 import dataclasses
-import gc
 import re
 import warnings
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import original, trace
-from keras_qat.graph.walk import input_names, key_of, nodes_of
+from keras_qat.graph.walk import garbage_left, input_names, key_of, nodes_of
 from keras_qat.layers import is_qat
 from keras_qat.operations import row_of
 from keras_qat.primitives import Pointwise
@@ -62,7 +60,7 @@ def quantize(
         kq.export(qat, "model.tflite", verify_with=x_test)
         ```
     """
-    with _garbage_left(), tf.variable_creator_scope(_without_scope):
+    with garbage_left(), tf.variable_creator_scope(_without_scope):
         prepared = _prepare(model, scheme, rules, input_range, inputs)
         if prepared.problems:
             raise UnsupportedModelError(prepared.problems)
@@ -70,18 +68,6 @@ def quantize(
     if prepared.rules.unused:
         warnings.warn(f"These rules matched no layer: {prepared.rules.unused}", stacklevel=2)
     return _with_own_steps(model, qat)
-
-
-@contextlib.contextmanager
-def _garbage_left():
-    """Looking for garbage among all that TensorFlow holds, again and again, takes a third of the time of `quantize`."""
-    was_collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_collecting:
-            gc.enable()
 
 
 def _without_scope(create, **options):

@@ -8,7 +8,7 @@ from keras import tree
 
 from keras_qat.graph.annotate import GONE, is_index, row_of_node
 from keras_qat.graph.emit import Call
-from keras_qat.graph.walk import input_names, nodes_of
+from keras_qat.graph.walk import garbage_left, input_names, nodes_of
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
 from keras_qat.primitives import Constant, Slope
 from tflite_export import Op, Program, Tensor, with_io_types
@@ -16,6 +16,7 @@ from tflite_export.optimize import optimize
 from tflite_export.program import unique_name
 
 
+@garbage_left()
 def freeze(
     qat: keras.Model,
     input_type="int8",

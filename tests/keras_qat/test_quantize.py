@@ -1,6 +1,7 @@
 """quantize, explain, calibrate and export as a user meets them: training, saving, and clear errors."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -117,6 +118,35 @@ def test_float_model_is_left_untouched(style):
         np.testing.assert_array_equal(one, other)
     for one, other in zip(keras.tree.flatten(model(x)), before, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def separable():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input(SHAPE)
+    layer = layers.SeparableConv2D(6, 3, name="separable")
+    return keras.Model(inputs, layers.Flatten()(layer(layer(layers.Conv2D(6, 1)(inputs)))))
+
+
+def test_what_a_rule_makes_belongs_to_the_qat_model_alone():
+    """A layer called twice stays one; another quantize of the same model has weights of its own."""
+    model = separable()
+    one, other = kq.quantize(model), kq.quantize(model)
+    assert len(one.trainable_weights) == len(model.trainable_weights)
+    for weight in one.trainable_weights:
+        weight.assign(ops.zeros_like(weight))
+    x = random_inputs(other)
+    kq.calibrate(other, x)
+    assert np.abs(other(x) - model(x)).max() < 0.1 * np.ptp(model(x))
+
+
+def test_garbage_is_collected_afterwards_and_variables_are_called_as_ever():
+    qat = kq.quantize(small())
+    with pytest.raises(ValueError):
+        kq.freeze(qat)
+    with pytest.raises(kq.UnsupportedModelError):
+        kq.quantize(keras.Sequential([keras.Input((4,)), layers.Masking()]))
+    assert gc.isenabled()
+    assert {weight.path for weight in qat.weights} >= {"conv/kernel", "image.range/range/seen_0", "classes/bias"}
 
 
 @pytest.mark.parametrize("make", STYLES.values(), ids=STYLES)
