@@ -202,6 +202,10 @@ class ChannelScale(keras.layers.Layer):
         x = x * self.kernel
         return x + self.bias if self.use_bias else x
 
+    def numbers(self, like=None):
+        """The multipliers and offsets as they are now; arrays where `like` is one of numpy's."""
+        return read_as(like, self.kernel), read_as(like, self.bias) if self.use_bias else 0.0
+
     def compute_output_shape(self, input_shape):
         return input_shape
 
@@ -298,7 +302,7 @@ class HardSwish(GridLayer):
 
 @keras.saving.register_keras_serializable("keras_qat")
 class Quantized(GridLayer):
-    """Runs a layer on quantized weights; with a batch norm behind it where `freeze` will fold that in.
+    """Runs a layer on quantized weights; with a batch norm or a scaling behind it where `freeze` will fold that in.
 
     In training it is the layer in float, its kernel fake-quantized, then the batch norm on the batch's statistics. At
     inference it computes what the file will compute: integers times integers, plus one int32 bias that holds the layer's
@@ -308,7 +312,7 @@ class Quantized(GridLayer):
     Args:
         layer: Any layer with a `kernel` (and a `bias`), its activation taken off.
         channel_axes: The axes of the kernel that together number the output channels.
-        batch_norm: The BatchNormalization that directly follows, or None.
+        batch_norm: The BatchNormalization or `ChannelScale` that directly follows, or None.
         input_scaling: `(multiplier, offset)` that a Rescaling in front of the layer applied to its input, taken over
             here so that the file reads raw values.
         bits, per_channel: How the weights are quantized.
@@ -367,7 +371,9 @@ class Quantized(GridLayer):
         self._penalize(self.layer, y)
         if self.batch_norm is None:
             return y
-        if training and self.batch_norm.trainable and numerics.can_fuse_batch_norm(self.batch_norm, y):
+        if isinstance(self.batch_norm, ChannelScale):
+            y = self.batch_norm.call(y)
+        elif training and self.batch_norm.trainable and numerics.can_fuse_batch_norm(self.batch_norm, y):
             y = numerics.fused_batch_norm(self.batch_norm, y, self.frozen_statistics)
         else:
             y = self.batch_norm.call(y, training=training and not self.frozen_statistics)
@@ -429,7 +435,10 @@ class Quantized(GridLayer):
             bias = bias + offset * self._kernel_sums(kernel) * scale
         if self.batch_norm is None:
             return multiplier, bias
-        norm_multiplier, norm_offset = numerics.batch_norm_multiplier_and_offset(self.batch_norm, like=scale)
+        if isinstance(self.batch_norm, ChannelScale):
+            norm_multiplier, norm_offset = self.batch_norm.numbers(like=scale)
+        else:
+            norm_multiplier, norm_offset = numerics.batch_norm_multiplier_and_offset(self.batch_norm, like=scale)
         return multiplier * norm_multiplier, bias * norm_multiplier + norm_offset
 
     def _kernel_sums(self, kernel):

@@ -17,8 +17,9 @@ from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import original, trace
+from keras_qat.graph.twins import merge_twins
 from keras_qat.graph.walk import garbage_left, input_names, key_of, nodes_of
-from keras_qat.layers import is_qat
+from keras_qat.layers import ChannelScale, is_qat
 from keras_qat.operations import row_of
 from keras_qat.primitives import Pointwise
 from keras_qat.spec import Rule, Rules, Scheme, resolve_scheme
@@ -157,7 +158,7 @@ def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
         raise ValueError(f"Model {model.name!r} is quantized already: kq.quantize takes the float model.")
     known = Rules(rules, resolve_scheme(scheme))
     traced, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
-    flat = merge_lookups(traced)
+    flat = merge_lookups(merge_twins(traced, known))
     names = _output_names_of(model, flat)
     problems = list(dict.fromkeys(problems + _refusals(flat) + _not_in_float(flat, known) + _bad_weights(flat)))
     prepared = _Prepared(traced, flat, problems, names, known)
@@ -335,7 +336,8 @@ def _row(node, prepared: _Prepared) -> Row:
     weights = getattr(node.operation, "weight_quantizer", None)
     bits = f"w{weights.spec.bits} a8" if weights is not None else ("" if range_kind == "training only" else "a8")
     shared = site is not None and len(decided.groups[site.group]) > 1
-    folded = " + BatchNormalization" if getattr(node.operation, "batch_norm", None) is not None else ""
+    norm = getattr(node.operation, "batch_norm", None)
+    folded = "" if norm is None else f" + {'scaling' if isinstance(norm, ChannelScale) else type(norm).__name__}"
     name = type(operation).__name__
     if isinstance(operation, Pointwise):
         name = ", ".join(type(inner.operation).__name__ for inner in nodes_of(operation.function))

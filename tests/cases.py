@@ -218,6 +218,14 @@ SHAPES = [
     Case("slice_new_axis", lambda x: x[:, :, None, 2:], (SERIES,)),
 ]
 SCALINGS = [
+    Case("conv_times", lambda x: layers.Conv2D(8, 3, padding="same")(x) * 0.17 + x, exact=True),
+    Case("conv_times_negative_plus_relu", lambda x: ops.relu(layers.Conv2D(6, 3)(x) * -0.5 + 0.3), exact=True),
+    Case(
+        "depthwise_times_per_channel",
+        lambda x: layers.DepthwiseConv2D(3)(x) * np.linspace(-2, 2, 8, dtype="float32"),
+        exact=True,
+    ),
+    Case("dense_plus", lambda x: layers.Dense(10)(x) + 1.5, (VECTOR,), True),
     Case("rescaling", lambda x: layers.Rescaling(0.5, 1.0)(x)),
     Case("rescaling_conv_valid", lambda x: layers.Conv2D(6, 3)(layers.Rescaling(0.5, 1.0)(x)), exact=True),
     Case("rescaling_conv_same", lambda x: layers.Conv2D(6, 3, 2, "same")(layers.Rescaling(0.5, 1.0)(x)), exact=True),

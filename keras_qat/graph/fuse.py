@@ -14,7 +14,7 @@ _MOVES = {"RESHAPE", "TRANSPOSE", "STRIDED_SLICE"}
 
 
 def fuse(model: keras.Model, rules: Rules) -> keras.Model:
-    """Wraps every layer with weights, its batch norm inside of it where one follows it at every call.
+    """Wraps every layer with weights, its batch norm or scaling inside of it where one follows it at every call.
 
     Args:
         model: A flat model (see trace.py).
@@ -140,7 +140,7 @@ def _padded_like(layer, x, value: float):
 
 
 def _wrap_weights(model, rules, input_scalings):
-    norm_of = _foldable_batch_norms(model, rules)
+    norm_of = _foldable_norms(model, rules)
     folded = {id(norm_node.operation) for norm_node in norm_of.values()}
     reused, wrapped = Reused(), {}
 
@@ -181,8 +181,8 @@ def _has_weights(operation) -> bool:
     return row is not None and (bool(row.channels) or key_of(operation) == "BatchNormalization")
 
 
-def _foldable_batch_norms(model, rules) -> dict[int, object]:
-    """Layer id → a node of the batch norm that alone reads its output, at every call of both."""
+def _foldable_norms(model, rules) -> dict[int, object]:
+    """Layer id → a node of the batch norm or scaling that alone reads its output, at every call of both."""
     readers, calls, found, refused = readers_of(model), calls_of(model), {}, set()
     for node in nodes_of(model):
         layer = node.operation
@@ -192,7 +192,7 @@ def _foldable_batch_norms(model, rules) -> dict[int, object]:
         reader = following[0] if len(following) == 1 else None
         if (
             reader is None
-            or key_of(reader.operation) != "BatchNormalization"
+            or key_of(reader.operation) not in ("BatchNormalization", "ChannelScale")
             or _in_float(reader, rules)
             or found.setdefault(id(layer), reader).operation is not reader.operation
         ):

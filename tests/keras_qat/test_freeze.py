@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 from cases import with_lively_batch_norms
-from keras import layers
+from keras import layers, ops
+from keras.src.applications.convnext import LayerScale
 from models import STYLES
 
 import keras_qat as kq
@@ -402,3 +403,30 @@ def test_freezing_leaves_the_model_alone():
     for one, other in zip(qat.get_weights(), weights, strict=True):
         np.testing.assert_array_equal(one, other)
     assert any(isinstance(layer, Quantized) for layer in qat.layers)
+
+
+_SCALED = {
+    "a number": (lambda x: layers.Conv2D(4, 3)(x) * 0.17, ["CONV_2D"]),
+    "a negative number, plus one, relu": (lambda x: ops.relu(layers.Conv2D(4, 3)(x) * -0.5 + 0.3), ["CONV_2D"]),
+    "one per channel": (lambda x: layers.Conv2D(4, 3)(x) / np.arange(1, 5, dtype="float32"), ["CONV_2D"]),
+    "learned": (lambda x: LayerScale(0.3, 4)(layers.Conv2D(4, 3)(x)), ["CONV_2D"]),
+    "read twice": (lambda x: (lambda y: y * 0.3 + y)(layers.Conv2D(4, 3)(x)), ["CONV_2D", "MUL", "ADD"]),
+    "behind a relu": (lambda x: ops.relu(layers.Conv2D(4, 3)(x)) * 0.3, ["CONV_2D", "MUL"]),
+}
+
+
+@pytest.mark.parametrize("build, expected", _SCALED.values(), ids=_SCALED)
+def test_what_scales_a_layers_result_is_folded_into_it(build, expected, tmp_path):
+    inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, build(inputs))
+    qat = kq.quantize(model)
+    qat.compile("sgd", "mse")
+    x = data()
+    qat.fit(x, model(x), verbose=0)
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.models.load_model(tmp_path / "qat.keras")
+    np.testing.assert_array_equal(qat(x), loaded(x))
+    content = tflite_export.write(kq.freeze(loaded))
+    assert [op.kind for op in tflite_export.inspect(content).ops] == expected
+    assert tflite_export.verify(content, loaded, x, runtimes=("litert", "xnnpack")).exact
+    assert np.abs(qat(x) - model(x)).max() < 0.1 * np.ptp(model(x))
