@@ -1,1 +1,1 @@
-"""Model → model, one step per file, in this order: trace, lower, fuse, annotate; then freeze to integers."""
+"""Model → model, one step per file: trace (with lower), twins, lookups, fuse, annotate; then freeze to integers."""
