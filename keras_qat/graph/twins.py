@@ -45,7 +45,7 @@ def merge_twins(model: keras.Model, rules: Rules) -> keras.Model:
 def _is_pure(node) -> bool:
     """Whether what it does depends on its arguments and its configuration alone."""
     operation, row = node.operation, row_of(node.operation)
-    if row is None or row.range_kind(node) in _KINDS_THAT_DIFFER:
+    if row is None or row.range in _KINDS_THAT_DIFFER:
         return False
     is_fixed = getattr(operation, "scalars", None) is not None  # a `ChannelScale`, its numbers are its configuration
     return is_fixed or not (isinstance(operation, keras.Layer) and operation.variables)

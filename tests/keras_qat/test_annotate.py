@@ -72,7 +72,7 @@ CASES = {
         lambda x: layers.ReLU(name="relu")(layers.MaxPooling2D(name="pool")(x)), 1, [["in0"], ["relu"]],
     ),
     "relu_of_conv_that_fans_out": (
-        lambda x: [layers.ReLU(name="relu")(y := conv()(x)), layers.ReLU(name="other")(y)],
+        lambda x: [layers.ReLU(name="relu")(y := conv()(x)), layers.Dense(2, name="other")(y)],
         1,
         [["conv"], ["in0"], ["other"], ["relu"]],
     ),
