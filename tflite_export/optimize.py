@@ -35,13 +35,13 @@ def merge_reshapes(program: Program) -> Program:
 
 
 def fold_pads(program: Program) -> Program:
-    """PAD in front of an unpadded convolution becomes its SAME padding where that pads exactly alike."""
+    """PAD in front of unpadded convolutions becomes their SAME padding where that pads exactly alike for all of them."""
     consumers, producers = program.consumers(), program.producers()
     ops = []
     for op in program.ops:
         before = producers.get(op.inputs[0])
-        if op.kind in ("CONV_2D", "DEPTHWISE_CONV_2D") and before is not None and before.kind == "PAD":
-            if len(consumers[before.outputs[0]]) == 1 and _pads_like_same(op, before, program):
+        if before is not None and before.kind == "PAD":
+            if all(_pads_like_same(reader, before, program) for reader in consumers[before.outputs[0]]):
                 op = dataclasses.replace(
                     op,
                     inputs=[before.inputs[0], *op.inputs[1:]],
@@ -53,7 +53,7 @@ def fold_pads(program: Program) -> Program:
 
 def _pads_like_same(op: Op, pad: Op, program: Program) -> bool:
     tensors, options = program.tensors, op.options
-    if options["padding"] != schema.Padding.VALID:
+    if op.kind not in ("CONV_2D", "DEPTHWISE_CONV_2D") or options["padding"] != schema.Padding.VALID:
         return False
     expected = [[0, 0]]
     for axis, letter in ((1, "H"), (2, "W")):

@@ -20,6 +20,10 @@ def _frozen(build, outputs=lambda y: y, **options):
     return qat, images, tflite_export.write(kq.freeze(qat))
 
 
+def _padded(x):
+    return layers.ZeroPadding2D(((0, 1), (0, 1)))(x)
+
+
 def _ops(content):
     return [op.kind for op in tflite_export.inspect(content).ops]
 
@@ -36,6 +40,8 @@ def _ops(content):
         (lambda x: layers.MaxPooling2D(2, 1)(x) + layers.MaxPooling2D(2, 1, padding="same")(x)[:, 1:, 1:], 5),
         (lambda x: ops.where(_MASK, x, -x) * ops.where(~_MASK, x, -x), 5),
         (lambda x: layers.Conv2D(4, 1)(x) + layers.Conv2D(4, 1)(x), 4),  # weights of their own
+        (lambda x: layers.Conv2D(4, 3, 2)(_padded(x)) + layers.Conv2D(4, 3, 2)(_padded(x)), 4),  # folded into both
+        (lambda x: layers.Conv2D(8, 3, 2)(_padded(x)) + layers.MaxPooling2D(3, 2)(_padded(x)), 5),
     ],
 )
 def test_as_many_ops_as_there_are_different_ones(build, count):
