@@ -137,13 +137,14 @@ def explain(
         reasons = {problem.layer: problem.reason for problem in prepared.problems}
         rows = [_row_before_planning(node, reasons) for node in nodes_of(prepared.flat)]
     else:
-        rows = _with_folded([_row(node, prepared) for node in nodes_of(prepared.fused)], prepared.traced, model)
+        rows = _with_gone([_row(node, prepared) for node in nodes_of(prepared.fused)], prepared, model)
     return Explanation(rows, prepared.problems)
 
 
 @dataclasses.dataclass
 class _Prepared:
     traced: keras.Model
+    twins: dict[str, str]
     flat: keras.Model
     problems: list[Problem]
     output_names: list[str]
@@ -158,10 +159,11 @@ def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
         raise ValueError(f"Model {model.name!r} is quantized already: kq.quantize takes the float model.")
     known = Rules(rules, resolve_scheme(scheme))
     traced, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
-    flat = merge_lookups(merge_twins(traced, known))
+    merged, twins = merge_twins(traced, known)
+    flat = merge_lookups(merged)
     names = _output_names_of(model, flat)
     problems = list(dict.fromkeys(problems + _refusals(flat) + _not_in_float(flat, known) + _bad_weights(flat)))
-    prepared = _Prepared(traced, flat, problems, names, known)
+    prepared = _Prepared(traced, twins, flat, problems, names, known)
     if not problems:
         _free_names(flat, names)
         prepared.fused = fuse(flat, known)
@@ -297,14 +299,17 @@ def _row_before_planning(node, reasons: dict[str, str]) -> Row:
     return Row(_path(node.operation), keras_name, row.op if row else "none", "", "", "")
 
 
-def _with_folded(rows: list[Row], traced, model) -> list[Row]:
-    """The rows, and one for each scaling or batch norm that lives on in the weights of its neighbours."""
+def _with_gone(rows: list[Row], prepared: _Prepared, model) -> list[Row]:
+    """The rows, and one for each scaling or batch norm that lives on in its neighbours' weights, and each one's twin."""
     kinds = {layer.name: type(layer).__name__ for layer in model._flatten_layers()}
     surviving, place, behind = {row.layer for row in rows}, "", {}
-    for node in nodes_of(traced):
+    for node in nodes_of(prepared.traced):
         path = _path(node.operation)
         if path in surviving:
             place = path
+        elif path in prepared.twins:
+            same = f"same as {prepared.twins[path]}"
+            behind.setdefault(place, {})[path] = Row(path, type(node.operation).__name__, same, "-", "", "")
         elif key_of(node.operation) in ("BatchNormalization", "ChannelScale"):
             names = path.split("/")[::-1]
             keras_name = next((kinds[name] for name in names if name in kinds), names[0])

@@ -23,6 +23,14 @@ _ACTIVATIONS = {
     "RELU6": schema.ActivationFunctionType.RELU6,
 }
 _PADDINGS = {"same": schema.Padding.SAME, "valid": schema.Padding.VALID}
+_PIXEL_BY_PIXEL = {
+    "padding": schema.Padding.VALID,
+    "strideH": 1,
+    "strideW": 1,
+    "dilationHFactor": 1,
+    "dilationWFactor": 1,
+    "depthMultiplier": 1,
+}
 
 
 @dataclasses.dataclass
@@ -238,18 +246,7 @@ def channel_scale(call: Call) -> None:
     image = call.as_image(call.inputs[0])
     constants = _weights_and_bias(call, _kernel(call).reshape(1, 1, 1, -1), 3, image)
     result = call.image_output(call.shape(image))
-    call.op(
-        "DEPTHWISE_CONV_2D",
-        [image, *constants],
-        result,
-        padding=schema.Padding.VALID,
-        strideH=1,
-        strideW=1,
-        dilationHFactor=1,
-        dilationWFactor=1,
-        depthMultiplier=1,
-        **call.fused(),
-    )
+    call.op("DEPTHWISE_CONV_2D", [image, *constants], result, **_PIXEL_BY_PIXEL, **call.fused())
     call.from_image(result)
 
 
@@ -608,9 +605,9 @@ def interpolates(node) -> bool:
 
 def smooth_factors(node) -> tuple[int, ...] | None:
     """How many times as large a bilinear image gets, where `_smooth_resize` is worth its multiplications."""
-    pairs = _sizes(node)
     if not interpolates(node):
         return None
+    pairs = _sizes(node)
     factors = tuple(after // before for before, after in pairs)
     is_whole = all(after == before * times for (before, after), times in zip(pairs, factors, strict=True))
     return factors if is_whole and max(factors) <= _LARGEST_SMOOTH_FACTOR else None
@@ -636,8 +633,7 @@ def _smooth_resize(call: Call, image: str, factors, result: str) -> None:
     integers = np.repeat(finest * taps[None, :, :, None], channels, axis=-1)
     weights = call.constant("weights", integers, "int8", scale=(float(scale),) * channels, axis=3)
     bias = call.constant("bias", np.ones(channels), "int32", scale=(float(step),) * channels, axis=0)
-    options = dict(strideH=1, strideW=1, dilationHFactor=1, dilationWFactor=1, depthMultiplier=1)
-    call.op("DEPTHWISE_CONV_2D", [padded, weights, bias], result, padding=schema.Padding.VALID, **options)
+    call.op("DEPTHWISE_CONV_2D", [padded, weights, bias], result, **_PIXEL_BY_PIXEL)
 
 
 def _taps(times: int) -> np.ndarray:

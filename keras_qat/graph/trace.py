@@ -14,7 +14,7 @@ from keras import ops, tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_losses import collected, with_losses
-from keras_qat.graph.walk import Reused, clone, key_of, nodes_of, rebuild
+from keras_qat.graph.walk import clone, forget_calls, key_of, nodes_of, rebuild
 from keras_qat.primitives import Constant
 from tflite_export.program import unique_name
 
@@ -93,7 +93,7 @@ class _Tracer:
         self.problems: list[Problem] = []
         self._lowerings: dict[object, tuple] = {}
         self._clones: dict[int, object] = {}
-        self._made: dict[int, object] = {}
+        self._made: dict[int, object] = {}  # what rules made need not be copied
         self._identities: dict[int, object] = {}
         self._moved: dict[tuple, tuple] = {}
         self._names: set[str] = set()
@@ -124,19 +124,11 @@ class _Tracer:
         return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
 
     def _open_call(self, call, composite, args, kwargs, path, is_rule=False):
-        graph, tensors, outputs = run_call(call, composite, args, kwargs)
+        with _noted(self._made) if is_rule else contextlib.nullcontext():
+            graph, tensors, outputs = run_call(call, composite, args, kwargs)
         if graph is None:
             return outputs
-        if is_rule:
-            self._note_made(graph, composite)
         return self._visit_graph(graph, tensors, composite, kwargs, path)
-
-    def _note_made(self, graph, composite):
-        """What a rule made itself need not be copied, unlike the layers of the model that it calls."""
-        given = {id(layer) for layer in composite._flatten_layers()} if isinstance(composite, keras.Layer) else ()
-        for node in nodes_of(graph):
-            if id(node.operation) not in given:
-                self._made.setdefault(id(node.operation), node.operation)
 
     def _visit_graph(self, graph, tensors, composite, kwargs, path):
         training = kwargs.get("training")
@@ -214,10 +206,9 @@ class _Tracer:
     def _lowering_of(self, operation, args, kwargs):
         """The operation's lowering; one with weights is made once, so that what is called twice keeps sharing them."""
         key = _identity(operation, args)
-        if key is None:
-            return self.lowering_of(operation, args, kwargs)
-        if key not in self._lowerings:
-            self._lowerings[key] = (operation, self.lowering_of(operation, args, kwargs))
+        if key not in self._lowerings or key is None:
+            with _noted(self._made):
+                self._lowerings[key] = (operation, self.lowering_of(operation, args, kwargs))
         return self._lowerings[key][1]
 
     def _call_copy(self, operation, args, kwargs, path):
@@ -234,7 +225,7 @@ class _Tracer:
     def _copy_of(self, layer, name):
         if id(layer) not in self._made or layer.dtype_policy.name != "float32":
             return clone(layer, name)
-        layer = Reused()[layer]
+        forget_calls(layer)
         layer.name = name
         return layer
 
@@ -260,6 +251,22 @@ def _identity(operation, args):
         return None
     options = {key: value for key, value in vars(operation).items() if not key.startswith("_") and key != "name"}
     return type(operation), variables, repr(sorted(options.items()))
+
+
+@contextlib.contextmanager
+def _noted(made: dict[int, object]):
+    """Notes the operations that are made meanwhile. Others that a rule calls are the user's: an `activation=` can be any."""
+    plain = keras.Operation.__init__
+
+    def init(self, *args, **kwargs):
+        made[id(self)] = self
+        plain(self, *args, **kwargs)
+
+    keras.Operation.__init__ = init
+    try:
+        yield
+    finally:
+        keras.Operation.__init__ = plain
 
 
 class _Closed(keras.Operation):

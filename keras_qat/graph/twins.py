@@ -11,11 +11,14 @@ from keras_qat.spec import Rules
 _KINDS_THAT_DIFFER = ("train", "tied", "constant")  # a Dropout draws anew, a constant is a weight of its own
 
 
-def merge_twins(model: keras.Model, rules: Rules) -> keras.Model:
+def merge_twins(model: keras.Model, rules: Rules) -> tuple[keras.Model, dict[str, str]]:
     """Operations without weights that do the same to the same tensors → one; then those that read their results, in turn.
 
     People write a relu in front of every branch; each would be an op and have a range of its own. What rules treat
     differently stays apart.
+
+    Returns:
+        The model, and the paths of the operations that are gone → the path of the one that is left.
     """
     schemes = {id(node): rules.scheme_of(path_of(node.operation)) for node in nodes_of(model) if _is_pure(node)}
 
@@ -26,20 +29,21 @@ def merge_twins(model: keras.Model, rules: Rules) -> keras.Model:
 
     pure = [node for node in nodes_of(model) if id(node) in schemes]
     if len({place(node, node.arguments.args, node.arguments.kwargs) for node in pure}) == len(pure):
-        return model
-    reused, known = Reused(), {}
+        return model, {}
+    reused, known, merged = Reused(), {}, {}
 
     def visit(node, args, kwargs):
         if id(node) not in schemes:
             return reused.call(node, args, kwargs)
         twins = known.setdefault(place(node, args, kwargs), [])
-        twin = next((result for other, result in twins if _alike(other, node)), None)
-        if twin is None:
-            twin = reused.call(node, args, kwargs)
-            twins.append((node, twin))
-        return twin
+        for twin, result in twins:
+            if _alike(twin, node):
+                merged[path_of(node.operation)] = path_of(twin.operation)
+                return result
+        twins.append((node, reused.call(node, args, kwargs)))
+        return twins[-1][1]
 
-    return rewrite(model, visit)
+    return rewrite(model, visit), merged
 
 
 def _is_pure(node) -> bool:

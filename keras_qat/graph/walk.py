@@ -157,11 +157,16 @@ def connect(operation, args, kwargs, like):
     return outputs if len(outputs) > 1 else outputs[0]
 
 
+def forget_calls(operation) -> None:
+    """Makes an operation one that was called nowhere yet. (In several graphs `layer.output` would be of the first.)"""
+    del operation._inbound_nodes[:]
+    del operation._outbound_nodes[:]
+
+
 class Reused:
     """What a rewrite calls in place of the old operations: the same ones, what they were called on before forgotten.
 
-    (An operation called in several graphs would answer `layer.output` from the first of them.) The old model can still be
-    read node by node.
+    The old model can still be read node by node.
     """
 
     def __init__(self):
@@ -170,8 +175,7 @@ class Reused:
     def __getitem__(self, operation):
         if id(operation) not in self._known:
             self._known.add(id(operation))
-            del operation._inbound_nodes[:]
-            del operation._outbound_nodes[:]
+            forget_calls(operation)
         return operation
 
     def call(self, node, args, kwargs):

@@ -133,9 +133,7 @@ def find_targets(model: keras.Model, default: Policy, rules: Sequence[tuple[Rule
         named = rule is not None and not matches_layer(rule.pattern, item)
         for variable in _variables_of(item, rule, named):
             targets.append(_target(item, variable, policy, norms))
-    if any(isinstance(target.policy.pattern, Channels) for target in targets):
-        coupled = coupled_channels(model)
-        targets = [dataclasses.replace(target, coupled=coupled.get(target.path)) for target in targets]
+    targets = _coupled(targets, model)
     if not targets:
         raise ValueError(
             f"Model {model.name!r} has no layer to prune: norms, biases, depthwise kernels and the last layer are left "
@@ -154,6 +152,19 @@ def _target(item, variable, policy, norms) -> Target:
     norm = norms.get(id(item.layer))
     vectors = [getattr(item.layer, "bias", None), getattr(norm, "gamma", None), getattr(norm, "beta", None)]
     return Target(item.path, variable, layout, policy, tuple(vector for vector in vectors if vector is not None))
+
+
+def _coupled(targets: list[Target], model) -> list[Target]:
+    """The targets; those whose channels go know which of other targets' channels go with them."""
+    if not any(isinstance(target.policy.pattern, Channels) for target in targets):
+        return targets
+    numbers = coupled_channels(model)
+
+    def coupled(target):
+        by_one_axis = isinstance(target.policy.pattern, Channels) and len(target.layout.channels) == 1  # not depthwise
+        return dataclasses.replace(target, coupled=numbers.get(target.path) if by_one_axis else None)
+
+    return list(map(coupled, targets))
 
 
 def _matches_layer_or_variable(pattern, item) -> bool:

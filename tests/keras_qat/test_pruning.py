@@ -330,6 +330,38 @@ def test_channels_that_an_addition_ties_go_together(scope):
     assert smaller.get_layer("two_out").filters == np.sum(~dead["stem"])
 
 
+def tied(kind):
+    """A layer of a kind, its result added to what it reads."""
+    inputs = keras.Input((8, 8, 4))
+    x = layers.Conv2D(6, 1, name="stem")(inputs)
+    x = x + kind(6, 3, padding="same", name="tied")(x)
+    return keras.Model(inputs, layers.Dense(3, name="classes")(layers.GlobalAveragePooling2D()(layers.ReLU()(x))))
+
+
+@pytest.mark.parametrize(
+    "kind, options, together",
+    [
+        (layers.Conv2D, {"pattern": Channels()}, {"stem/kernel", "tied/kernel"}),
+        (layers.Conv2DTranspose, {"pattern": Channels()}, {"stem/kernel", "tied/kernel"}),
+        (layers.SeparableConv2D, {"pattern": Channels()}, {"stem/kernel", "tied/pointwise_kernel"}),
+        (
+            layers.SeparableConv2D,
+            {"pattern": Channels(), "rules": [kq.Rule("tied", 0.5)]},  # by name, the depthwise kernel too
+            {"stem/kernel", "tied/pointwise_kernel"},
+        ),
+        (layers.Conv2D, {"rules": [kq.Rule("tied", Channels())]}, {"tied/kernel"}),  # of the others single weights go
+    ],
+)
+def test_which_kernels_go_together(kind, options, together):
+    keras.utils.set_random_seed(1)
+    model = tied(kind)
+    targets = targets_of(model, **options)
+    assert {name for name, target in targets.items() if target.coupled is not None} == together
+    assert len({targets[name].coupled for name in together}) == 1
+    train(model, [Pruning(0.5, **options)], epochs=1)
+    assert [zeros(target.variable) for target in targets.values()] == [0.5] * len(targets)
+
+
 def test_without_a_graph_every_kernel_chooses_for_itself():
     class Undecided(keras.Model):
         def __init__(self):

@@ -233,6 +233,16 @@ def test_what_cannot_be_opened_is_reported_by_its_path(make, path, operation):
     assert problems[0].reason and problems[0].way_out
 
 
+def test_a_layer_that_an_activation_calls_stays_the_users():
+    """Keras does not know of it, so nothing tells that it is not one that a rule made."""
+    inner = layers.Dense(8, name="inner")
+    inner.build((None, 8))
+    inputs = keras.Input((8,))
+    flat, problems = flattened(keras.Model(inputs, layers.Dense(8, activation=lambda x: inner(x))(inputs)))
+    assert not problems and inner.name == "inner"
+    assert len(flat.weights) == 4 and all(weight is not inner.kernel for weight in flat.weights)
+
+
 def test_all_problems_are_found_in_one_go():
     keras.utils.clear_session()
     x = inputs = keras.Input(SERIES)

@@ -71,3 +71,11 @@ def test_what_a_rule_leaves_in_float_stays_apart():
 
     _, _, content = _frozen(branches, rules=[kq.Rule("two", None)])
     assert _ops(content).count("RELU") == 2 and not tflite_export.inspect(content).is_full_int8
+
+
+def test_explain_tells_whose_twin_an_operation_is():
+    inputs = keras.Input((8, 8, 8))
+    x = layers.Conv2D(8, 1, name="stem")(inputs)
+    branches = [layers.Conv2D(4, 1, name=f"{name}_conv")(layers.ReLU(name=name)(x)) for name in ("one", "two")]
+    rows = {row.layer: row.integer_op for row in kq.explain(keras.Model(inputs, branches[0] + branches[1])).rows}
+    assert {(rows["one"], rows["two"])} <= {("RELU", "same as one"), ("same as two", "RELU")}
