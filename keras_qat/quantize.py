@@ -12,13 +12,12 @@ from keras import tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.annotate import Plan, annotate, plan, row_of_node
-from keras_qat.graph.freeze import output_names
 from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import original, trace
 from keras_qat.graph.twins import merge_twins
-from keras_qat.graph.walk import garbage_left, input_names, key_of, nodes_of
+from keras_qat.graph.walk import Graph, garbage_left, input_names, key_of, nodes_of, operations_of, output_names
 from keras_qat.layers import ChannelScale, is_qat
 from keras_qat.operations import row_of
 from keras_qat.primitives import Pointwise
@@ -143,18 +142,18 @@ def explain(
 
 @dataclasses.dataclass
 class _Prepared:
-    traced: keras.Model
+    traced: Graph
     twins: dict[str, str]
-    flat: keras.Model
+    flat: Graph
     problems: list[Problem]
     output_names: list[str]
     rules: Rules
-    fused: keras.Model | None = None
+    fused: Graph | None = None
     plan: Plan | None = None
 
 
 def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
-    """Everything up to the plan; stops at the flat model if there are problems."""
+    """Everything up to the plan; stops at the flat graph if there are problems."""
     if is_qat(model):
         raise ValueError(f"Model {model.name!r} is quantized already: kq.quantize takes the float model.")
     known = Rules(rules, resolve_scheme(scheme))
@@ -186,13 +185,13 @@ def _unique(names: list[str]) -> list[str]:
 
 def _free_names(flat, names) -> None:
     """Lets go of the names that the outputs are to have: "predictions" is what the outside world sees of a Dense."""
-    for operation in {id(node.operation): node.operation for node in nodes_of(flat)}.values():
+    for operation in operations_of(flat):
         if operation.name in names:
             operation.name = f"{operation.name}.{type(operation).__name__.lower()}"
 
 
 def _with_output_names(qat, names):
-    """The QAT model with outputs named as in float: losses and metrics by name go on working."""
+    """The QAT model of a graph, with outputs named as in float: losses and metrics by name go on working."""
     taken, flat = input_names(qat), []
     for name, tensor in zip(names, qat.outputs, strict=True):
         taken.append(unique_name(name, taken))
@@ -251,8 +250,8 @@ def _not_in_float(flat, rules: Rules) -> list[Problem]:
 
 def _bad_weights(flat) -> list[Problem]:
     found = []
-    for layer in flat.layers:
-        for weight in layer.weights:
+    for layer in operations_of(flat):
+        for weight in getattr(layer, "weights", ()):
             if "seed" not in weight.path and not np.all(np.isfinite(np.asarray(weight, np.float32))):
                 reason = f"Its weight {weight.name!r} holds NaN or infinite values."
                 found.append(Problem(_path(layer), type(layer).__name__, reason, "Load or train sound weights first."))

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 from keras import tree
 
-from keras_qat.graph.walk import Reused, connect, fresh_inputs, nodes_of, producers_of, rebuild
+from keras_qat.graph.walk import Graph, Reused, connect, fresh_inputs, nodes_of, producers_of, rebuild
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.primitives import Clamp, Constant, Pointwise
@@ -153,11 +153,11 @@ class _Groups:
         self._parent[self.find(one)] = self.find(other)
 
 
-def plan(model: keras.Model, input_ranges: dict[str, Limits]) -> Plan:
+def plan(model: Graph, input_ranges: dict[str, Limits]) -> Plan:
     """Decides where ranges go and which tensors share one.
 
     Args:
-        model: A fused model (see fuse.py).
+        model: A fused graph (see fuse.py).
         input_ranges: What is known of the inputs, by name.
     """
     flow, groups, first_tied = _Flow(model), _Groups(), {}
@@ -282,13 +282,13 @@ def _add_group(result: Plan, sites: list[Site]) -> None:
     result.groups.append(sites)
 
 
-def annotate(model: keras.Model, decided: Plan) -> keras.Model:
-    """Puts a FakeQuant where the plan has a site: fused model → QAT model."""
+def annotate(model: Graph, decided: Plan) -> Graph:
+    """Puts a FakeQuant where the plan has a site: fused graph → that of the QAT model."""
     return _Annotator(decided).rebuilt(model)
 
 
 class _Annotator:
-    """Rebuilds a model with FakeQuants. Scales are tensors of the graph too: grid layers take them as arguments."""
+    """Rebuilds a graph with FakeQuants. Scales are tensors of the graph too: grid layers take them as arguments."""
 
     def __init__(self, decided: Plan):
         self.plan = decided
@@ -298,13 +298,13 @@ class _Annotator:
         self.seconds: dict[int, object] = {}  # a root's id → its value on the grid of its second site
         self.products: dict[int, dict] = {}  # group → what its tensor is a product of
 
-    def rebuilt(self, model: keras.Model) -> keras.Model:
+    def rebuilt(self, model: Graph) -> Graph:
         inputs = fresh_inputs(model)
         self.given = {
             id(tensor) for tensor in tree.flatten(inputs)
         }  # tensors whose integers the file holds or is given
         begun = [self._behind(old, new) for old, new in zip(model.inputs, tree.flatten(inputs), strict=True)]
-        return keras.Model(inputs, rebuild(model, self._visit, begun), name=model.name)
+        return Graph(inputs, rebuild(model, self._visit, begun), model.name)
 
     def _visit(self, node, args, kwargs):
         args, kwargs = self._moved(node, args, kwargs)

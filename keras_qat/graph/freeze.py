@@ -8,7 +8,7 @@ from keras import tree
 
 from keras_qat.graph.annotate import GONE, is_index, row_of_node
 from keras_qat.graph.emit import Call
-from keras_qat.graph.walk import garbage_left, input_names, nodes_of
+from keras_qat.graph.walk import garbage_left, input_names, nodes_of, output_names
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
 from keras_qat.primitives import Constant, Slope
 from tflite_export import Op, Program, Tensor, with_io_types
@@ -51,14 +51,6 @@ def freeze(
     for name, tensor in zip(output_names(qat), qat.outputs, strict=True):
         program.outputs[name] = freezer.tensor_of(tensor)
     return with_io_types(optimize(program), input_type, output_type)
-
-
-def output_names(model) -> list[str]:
-    """Keras's names of the outputs, made unique."""
-    names: list[str] = []
-    for tensor in model.outputs:
-        names.append(unique_name(tensor._keras_history.operation.name, names))
-    return names
 
 
 def _require_ranges(qat) -> None:

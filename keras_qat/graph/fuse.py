@@ -1,10 +1,20 @@
 """Layers with weights → `Quantized` layers, taking in what can be folded into their integers without any loss."""
 
-import keras
 from keras import ops
 
 from keras_qat.graph.probabilities import refine_probabilities
-from keras_qat.graph.walk import Reused, calls_of, connect, key_of, nodes_of, path_of, producers_of, readers_of, rewrite
+from keras_qat.graph.walk import (
+    Graph,
+    Reused,
+    calls_of,
+    connect,
+    key_of,
+    nodes_of,
+    path_of,
+    producers_of,
+    readers_of,
+    rewrite,
+)
 from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.primitives import InFloat
@@ -13,11 +23,11 @@ from keras_qat.spec import Rules
 _MOVES = {"RESHAPE", "TRANSPOSE", "STRIDED_SLICE"}
 
 
-def fuse(model: keras.Model, rules: Rules) -> keras.Model:
+def fuse(model: Graph, rules: Rules) -> Graph:
     """Wraps every layer with weights, its batch norm or scaling inside of it where one follows it at every call.
 
     Args:
-        model: A flat model (see trace.py).
+        model: A flat graph (see trace.py).
         rules: Choose the bits of each layer's weights by its path.
     """
     model = refine_probabilities(_merge_scalings(model), lambda node: _in_float(node, rules))

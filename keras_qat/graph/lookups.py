@@ -6,7 +6,7 @@ GATHER. TFLite has single ops that look up too, for a few functions.
 
 import keras
 
-from keras_qat.graph.walk import Reused, clone, fresh_inputs, key_of, nodes_of, readers_of, rebuild
+from keras_qat.graph.walk import Graph, Reused, clone, fresh_inputs, key_of, nodes_of, readers_of, rebuild
 from keras_qat.primitives import Pointwise
 
 # Functions that LiteRT looks up in one op. TensorFlow Lite Micro has ABS and RSQRT only.
@@ -52,7 +52,7 @@ def needs_lookup(operation) -> bool:
     return key_of(operation) in LOOKUPS
 
 
-def merge_lookups(model: keras.Model) -> keras.Model:
+def merge_lookups(model: Graph) -> Graph:
     """Chains of pointwise operations that TFLite lacks become `Pointwise` layers; what it has stays where it is shorter."""
     chains, dtypes = _chains(model), _dtypes(model)
     if not (chains or dtypes or any(key_of(node.operation) == "Constant" for node in nodes_of(model))):
@@ -74,7 +74,7 @@ def merge_lookups(model: keras.Model) -> keras.Model:
         new.update(zip(map(id, node.outputs), keras.tree.flatten(result), strict=True))
         return result
 
-    return keras.Model(inputs, rebuild(model, visit, keras.tree.flatten(inputs)), name=model.name)
+    return Graph(inputs, rebuild(model, visit, keras.tree.flatten(inputs)), model.name)
 
 
 def _dtypes(model) -> dict[str, str]:

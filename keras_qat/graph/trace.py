@@ -1,4 +1,4 @@
-"""Any Keras model → one flat functional model of operations that the table knows."""
+"""Any Keras model → one flat graph of operations that the table knows."""
 
 import contextlib
 import inspect
@@ -14,7 +14,7 @@ from keras import ops, tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_losses import collected, with_losses
-from keras_qat.graph.walk import clone, forget_calls, key_of, nodes_of, rebuild
+from keras_qat.graph.walk import Graph, clone, forget_calls, key_of, nodes_of, rebuild
 from keras_qat.primitives import Constant
 from tflite_export.program import unique_name
 
@@ -23,7 +23,7 @@ _HOW_TO_BUILD = "Give it an Input, or call it once on a batch, or pass quantize(
 _NO_FORM = "keras_qat has no integer form for this operation."
 
 
-def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[keras.Model, list[Problem]]:
+def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[Graph, list[Problem]]:
     """Flattens a model into primitive operations, each a copy with weights of its own.
 
     Composite layers (nested and subclassed models, custom layers) are opened by running their `call` on symbolic
@@ -37,7 +37,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[k
         inputs: A `keras.Input` (or a structure of them) for a model that does not know the shape of its own.
 
     Returns:
-        The flat model, and what could not be opened. An operation with a problem stands in the flat model as it is.
+        The flat graph, and what could not be opened. An operation with a problem stands in the graph as it is.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
@@ -47,9 +47,15 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[k
     inputs = _inputs_of(model) if inputs is None else inputs
     tracer = _Tracer(is_primitive, lowering_of)
     tracer.problems += _dynamic_axes(inputs)
-    with _left_untouched(model), _batch_left_open_in_reshapes():
+    with _left_untouched(model), _batch_left_open_in_reshapes(), _rules_noted(tracer):
         outputs = tracer.open(model, (inputs,), {}, path="")
-    return keras.Model(inputs, outputs, name=model.name), tracer.problems
+    for output in tree.flatten(outputs):
+        if not isinstance(output, keras.KerasTensor):
+            raise ValueError(
+                f"Model {model.name!r} returns something that does not depend on its inputs: {output!r}. Expected tensors made "
+                "of its inputs alone. Leave it out of what `call` returns."
+            )
+    return Graph(inputs, outputs, model.name), tracer.problems
 
 
 def _inputs_of(model):
@@ -93,7 +99,8 @@ class _Tracer:
         self.problems: list[Problem] = []
         self._lowerings: dict[object, tuple] = {}
         self._clones: dict[int, object] = {}
-        self._made: dict[int, object] = {}  # what rules made need not be copied
+        self.made: dict[int, object] = {}  # what rules made need not be copied
+        self.in_rule = False
         self._identities: dict[int, object] = {}
         self._moved: dict[tuple, tuple] = {}
         self._names: set[str] = set()
@@ -124,8 +131,8 @@ class _Tracer:
         return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
 
     def _open_call(self, call, composite, args, kwargs, path, is_rule=False):
-        with _noted(self._made) if is_rule else contextlib.nullcontext():
-            graph, tensors, outputs = run_call(call, composite, args, kwargs)
+        run = self._run_rule if is_rule else lambda function, *arguments: function(*arguments)
+        graph, tensors, outputs = run(run_call, call, composite, args, kwargs)
         if graph is None:
             return outputs
         return self._visit_graph(graph, tensors, composite, kwargs, path)
@@ -207,9 +214,15 @@ class _Tracer:
         """The operation's lowering; one with weights is made once, so that what is called twice keeps sharing them."""
         key = _identity(operation, args)
         if key not in self._lowerings or key is None:
-            with _noted(self._made):
-                self._lowerings[key] = (operation, self.lowering_of(operation, args, kwargs))
+            self._lowerings[key] = (operation, self._run_rule(self.lowering_of, operation, args, kwargs))
         return self._lowerings[key][1]
+
+    def _run_rule(self, function, *arguments):
+        self.in_rule = True
+        try:
+            return function(*arguments)
+        finally:
+            self.in_rule = False
 
     def _call_copy(self, operation, args, kwargs, path):
         if isinstance(operation, keras.Layer):
@@ -223,7 +236,7 @@ class _Tracer:
         return copy(*args, **kwargs)
 
     def _copy_of(self, layer, name):
-        if id(layer) not in self._made or layer.dtype_policy.name != "float32":
+        if id(layer) not in self.made or layer.dtype_policy.name != "float32":
             return clone(layer, name)
         forget_calls(layer)
         layer.name = name
@@ -254,12 +267,13 @@ def _identity(operation, args):
 
 
 @contextlib.contextmanager
-def _noted(made: dict[int, object]):
-    """Notes the operations that are made meanwhile. Others that a rule calls are the user's: an `activation=` can be any."""
+def _rules_noted(tracer: _Tracer):
+    """Notes the operations that rules make. Others that a rule calls are the user's: an `activation=` can be anything."""
     plain = keras.Operation.__init__
 
     def init(self, *args, **kwargs):
-        made[id(self)] = self
+        if tracer.in_rule:
+            tracer.made[id(self)] = self
         plain(self, *args, **kwargs)
 
     keras.Operation.__init__ = init
@@ -309,31 +323,7 @@ def run_call(call, composite, args, kwargs):
         return None, None, tree.map_structure(lambda x: back[id(x)], outputs)
     used = list({id(x): x for x in originals}.values())
     begin = [stand_ins[id(x)] for x in used]
-    with _unique_names(begin, outputs):
-        return keras.Function(begin, outputs), used, None
-
-
-@contextlib.contextmanager
-def _unique_names(inputs, outputs):
-    """Different names for all operations between tensors: Keras wants them, people's sub-layers do not always have them."""
-    seen, operations, tensors = {id(x) for x in inputs}, {}, tree.flatten(outputs)
-    while tensors:
-        tensor = tensors.pop()
-        if id(tensor) in seen or not isinstance(tensor, keras.KerasTensor) or not hasattr(tensor, "_keras_history"):
-            continue
-        seen.add(id(tensor))
-        operation, index, _ = tensor._keras_history
-        operations[id(operation)] = operation
-        tensors += operation._inbound_nodes[index].input_tensors
-    before, taken = [(operation, operation.name) for operation in operations.values()], set()
-    try:
-        for operation, name in before:
-            operation.name = unique_name(name, taken)
-            taken.add(operation.name)
-        yield
-    finally:
-        for operation, name in before:
-            operation.name = name
+    return Graph(begin, outputs), used, None
 
 
 @contextlib.contextmanager

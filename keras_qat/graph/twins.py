@@ -4,21 +4,21 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_qat.graph.walk import Reused, nodes_of, path_of, rewrite
+from keras_qat.graph.walk import Graph, Reused, nodes_of, path_of, rewrite
 from keras_qat.operations import row_of
 from keras_qat.spec import Rules
 
 _KINDS_THAT_DIFFER = ("train", "tied", "constant")  # a Dropout draws anew, a constant is a weight of its own
 
 
-def merge_twins(model: keras.Model, rules: Rules) -> tuple[keras.Model, dict[str, str]]:
+def merge_twins(model: Graph, rules: Rules) -> tuple[Graph, dict[str, str]]:
     """Operations without weights that do the same to the same tensors → one; then those that read their results, in turn.
 
     People write a relu in front of every branch; each would be an op and have a range of its own. What rules treat
     differently stays apart.
 
     Returns:
-        The model, and the paths of the operations that are gone → the path of the one that is left.
+        The graph, and the paths of the operations that are gone → the path of the one that is left.
     """
     schemes = {id(node): rules.scheme_of(path_of(node.operation)) for node in nodes_of(model) if _is_pure(node)}
 

@@ -1,4 +1,4 @@
-"""Reading and rebuilding functional models node by node: what all the rewrites stand on."""
+"""Graphs of operations, read and rebuilt node by node: what all the rewrites stand on."""
 
 import collections
 import contextlib
@@ -8,9 +8,58 @@ from collections.abc import Callable
 import keras
 from keras import tree
 
+from tflite_export.program import unique_name
+
+
+class Graph:
+    """Operations called on symbolic tensors: a functional model without the layer around it, which takes time to make.
+
+    Args:
+        inputs: The tensors it begins with, in any structure.
+        outputs: What was made of them, in any structure; may hold other things than tensors.
+        name: Of the model.
+    """
+
+    def __init__(self, inputs, outputs, name: str | None = None):
+        self._inputs_struct, self._outputs_struct, self.name = inputs, outputs, name
+        self.inputs = tree.flatten(inputs)
+        self.outputs = [x for x in tree.flatten(outputs) if isinstance(x, keras.KerasTensor)]
+        self.nodes = _nodes_between(self.inputs, self.outputs)
+
+    def model(self) -> keras.Model:
+        return keras.Model(self._inputs_struct, self._outputs_struct, name=self.name)
+
+
+def _nodes_between(inputs, outputs) -> list:
+    """The calls that lead from tensors to tensors, each after those it depends on."""
+    begun, seen, ordered = {id(tensor) for tensor in inputs}, set(), []
+    pending = [(tensor, False) for tensor in reversed(outputs)]
+    while pending:
+        tensor, inputs_are_known = pending.pop()
+        if id(tensor) in begun:
+            continue
+        operation, index, _ = getattr(tensor, "_keras_history", (None, 0, 0))
+        if operation is None or operation._inbound_nodes[index].is_input:
+            raise ValueError(f"It reads a symbolic tensor {tensor} that is not among its arguments.")
+        node = operation._inbound_nodes[index]
+        if inputs_are_known:
+            ordered.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            pending.append((tensor, True))
+            pending += [(source, False) for source in reversed(node.input_tensors)]
+    return ordered
+
+
+def operations_of(model) -> list:
+    """Everything that a model calls, once."""
+    return list({id(node.operation): node.operation for node in nodes_of(model)}.values())
+
 
 def nodes_of(model) -> list:
-    """The calls inside a functional model, each after those it depends on."""
+    """The calls inside a graph or a functional model, each after those it depends on."""
+    if isinstance(model, Graph):
+        return model.nodes
     depths = sorted(model._nodes_by_depth, reverse=True)
     return [node for depth in depths for node in model._nodes_by_depth[depth] if not node.is_input]
 
@@ -19,11 +68,19 @@ def input_names(model) -> list[str]:
     return [tensor._keras_history.operation.name for tensor in model.inputs]
 
 
+def output_names(model) -> list[str]:
+    """Keras's names of the outputs, made unique."""
+    names: list[str] = []
+    for tensor in model.outputs:
+        names.append(unique_name(tensor._keras_history.operation.name, names))
+    return names
+
+
 def rebuild(model, visit: Callable, inputs: list):
     """Calls `visit(node, args, kwargs)` for every node in order and returns the new outputs in the old structure.
 
     Args:
-        model: A functional model (or a `keras.Function`).
+        model: A `Graph` or a functional model.
         visit: Gets the node and its arguments with new tensors in place of old ones; returns the new output tensors.
         inputs: New tensors for `model.inputs`.
     """
@@ -32,14 +89,14 @@ def rebuild(model, visit: Callable, inputs: list):
         args, kwargs = node.arguments.fill_in(values)
         outputs = tree.flatten(visit(node, args, kwargs))
         values.update({id(old): new for old, new in zip(node.outputs, outputs, strict=True)})
-    return tree.map_structure(lambda tensor: values[id(tensor)], model._outputs_struct)
+    new = lambda x: values[id(x)] if isinstance(x, keras.KerasTensor) else x  # noqa: E731
+    return tree.map_structure(new, model._outputs_struct)
 
 
-def rewrite(model: keras.Model, visit: Callable) -> keras.Model:
-    """`rebuild` on fresh inputs of the same names, shapes and types: model → model."""
-    inputs = fresh_inputs(model)
-    outputs = rebuild(model, visit, tree.flatten(inputs))
-    return keras.Model(inputs, outputs, name=model.name)
+def rewrite(graph: Graph, visit: Callable) -> Graph:
+    """`rebuild` on fresh inputs of the same names, shapes and types."""
+    inputs = fresh_inputs(graph)
+    return Graph(inputs, rebuild(graph, visit, tree.flatten(inputs)), graph.name)
 
 
 def fresh_inputs(model, dtypes=()):

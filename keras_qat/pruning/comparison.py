@@ -96,7 +96,7 @@ def compare(before: keras.Model, after: keras.Model, files=None) -> Comparison:
 
 
 def _size(model) -> Size:
-    total = report(model if is_qat(model) else flattened(model)).total
+    total = report(model if is_qat(model) else flattened(model).model()).total
     return Size(model.count_params(), total.macs, total.bytes, total.zipped_bytes)
 
 

@@ -12,6 +12,7 @@ from keras_qat.graph.added_losses import AddedLoss
 from keras_qat.graph.lower import activations
 from keras_qat.graph.trace import original, run_call, trace
 from keras_qat.graph.walk import (
+    Graph,
     Reused,
     calls_of,
     clone,
@@ -19,6 +20,8 @@ from keras_qat.graph.walk import (
     input_names,
     key_of,
     nodes_of,
+    operations_of,
+    output_names,
     path_of,
     readers_of,
     rebuild,
@@ -78,7 +81,7 @@ def coupled_channels(model: keras.Model) -> dict[str, tuple[int, ...]]:
             flat = flattened(model)
     except ValueError:
         return {}
-    slots, paths = _analysis(flat).slots, {id(layer): path_of(layer) for layer in flat.layers}
+    slots, paths = _analysis(flat).slots, {id(layer): path_of(layer) for layer in operations_of(flat)}
     label = slots.labels()
     return {
         paths[layer_id]: tuple(label[mixing.outputs].tolist())
@@ -90,7 +93,7 @@ def coupled_channels(model: keras.Model) -> dict[str, tuple[int, ...]]:
 # --- one flat graph --------------------------------------------------------------------------------------------------
 
 
-def flattened(model: keras.Model, inputs=None) -> keras.Model:
+def flattened(model: keras.Model, inputs=None) -> Graph:
     """A copy of a model with every layer that is made of layers opened, as far as that goes; Keras's own stay whole."""
     graph = getattr(model, "_functional", None) or model
     if inputs is None and hasattr(graph, "_inputs_struct"):
@@ -103,7 +106,7 @@ def flattened(model: keras.Model, inputs=None) -> keras.Model:
             " runs on symbolic tensors (keras.Input), made of layers that from_config can copy."
         ) from error
     _check(flat)
-    for layer in flat.layers:
+    for layer in operations_of(flat):
         if isinstance(layer, keras.layers.Normalization):
             layer.finalize_state()
     return flat
@@ -164,7 +167,7 @@ def _check(flat) -> None:
 
 def _output_names(model, flat) -> list[str]:
     graph = getattr(model, "_functional", None) or model
-    return list(getattr(graph, "output_names", None) or flat.output_names)
+    return list(getattr(graph, "output_names", None) or output_names(flat))
 
 
 # --- what goes -------------------------------------------------------------------------------------------------------
@@ -347,7 +350,7 @@ def _taken(weights, axes, kept) -> np.ndarray:
 
 def _rename_outputs(flat, names) -> None:
     """Outputs get the names that losses and metrics go by, where it is not their layer that is called so."""
-    operations = list({id(node.operation): node.operation for node in nodes_of(flat)}.values())
+    operations = operations_of(flat)
     final = [tensor._keras_history.operation for tensor in flat.outputs]
     for name, operation in zip(names, final, strict=True):
         namesakes = [other for other in operations if other.name == name]

@@ -21,7 +21,10 @@ _ONE_BECOMES_MANY = {"attention", "attention_concat"}
 
 
 def _lowered(model):
-    return trace(model, lambda one: isinstance(one, (InverseRoot, Mask)) or row_of(one) is not None, lowering_of)
+    graph, problems = trace(
+        model, lambda one: isinstance(one, (InverseRoot, Mask)) or row_of(one) is not None, lowering_of
+    )
+    return graph.model(), problems
 
 
 def _size(variables) -> int:

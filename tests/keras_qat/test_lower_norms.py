@@ -16,7 +16,8 @@ from keras_qat.operations import row_of
 
 
 def _lowered(model):
-    return trace(model, lambda one: isinstance(one, InverseRoot) or row_of(one) is not None, lowering_of)
+    graph, problems = trace(model, lambda one: isinstance(one, InverseRoot) or row_of(one) is not None, lowering_of)
+    return graph.model(), problems
 
 
 def _with_random_factors(model):

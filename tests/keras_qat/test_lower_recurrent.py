@@ -13,7 +13,7 @@ from keras_qat.operations import row_of
 def _flattened(model):
     flat, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of)
     assert not problems, problems
-    return flat
+    return flat.model()
 
 
 @pytest.mark.parametrize("case", RECURRENT, ids=str)

@@ -7,7 +7,7 @@ from keras import layers, ops
 
 from keras_qat.compounds import Mask, Narrow, Probabilities, Scores, WideMatmul
 from keras_qat.graph.probabilities import refine_probabilities
-from keras_qat.graph.walk import key_of, nodes_of
+from keras_qat.graph.walk import Graph, key_of, nodes_of
 from keras_qat.layers import ChannelScale
 from keras_qat.primitives import Clamp
 
@@ -17,8 +17,8 @@ _KEEP = np.tri(4, dtype=bool)
 def _refined(build):
     """The model, rewritten; `build` maps queries, keys and values to the output."""
     inputs = [keras.Input((4, 8), name=name) for name in "qkv"]
-    model = keras.Model(inputs, build(*inputs))
-    return model, refine_probabilities(model)
+    outputs = build(*inputs)
+    return keras.Model(inputs, outputs), refine_probabilities(Graph(inputs, outputs)).model()
 
 
 def _product(query, key):
@@ -101,8 +101,8 @@ def test_scores_without_a_range_of_their_own_are_copied_for_a_mask():
 
 def test_softmaxes_in_float_stay():
     inputs = keras.Input((4, 4))
-    model = keras.Model(inputs, ops.matmul(ops.softmax(Mask(_KEEP)(inputs * 1.0)), inputs))
-    kinds = _kinds(refine_probabilities(model, lambda node: True))
+    graph = Graph(inputs, ops.matmul(ops.softmax(Mask(_KEEP)(inputs * 1.0)), inputs))
+    kinds = _kinds(refine_probabilities(graph, lambda node: True))
     assert "ops.Softmax" in kinds and "Scores" in kinds
 
 

@@ -15,7 +15,8 @@ from keras_qat.operations import row_of
 
 
 def flattened(model, **options):
-    return trace(model, lambda operation: row_of(operation) is not None, lowering_of, **options)
+    graph, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, **options)
+    return graph.model(), problems
 
 
 def sample_for(model, count=4):
