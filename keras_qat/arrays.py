@@ -8,7 +8,7 @@ import numpy as np
 
 _SAME = (
     *("abs", "argmin", "broadcast_to", "ceil", "clip", "floor", "log", "log2", "logical_and", "maximum", "minimum"),
-    *("ones_like", "power", "reshape", "round", "sign", "where", "zeros_like"),
+    *("ones_like", "power", "reshape", "round", "sign", "take", "where", "zeros_like"),
 )
 _IN_NUMPY = {
     **{name: getattr(np, name) for name in _SAME},

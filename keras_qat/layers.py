@@ -275,13 +275,13 @@ class Rescale(GridLayer):
 
     def integers(self, input_scale, output_scale):
         """The constant's integer, its scale, and 1.0 if all kernels round its products alike, else 0.0."""
-        integers = ops.arange(1.0, 128.0, dtype="float32")
+        integers = np.arange(1.0, 128.0, dtype="float32")
         factor = max(abs(self.factor), 1e-30)
         wanted = integers * (output_scale / (input_scale * factor))  # steps of the product to one of the output
         divisors = numerics.kernel_divisor(wanted, numerics.FEWEST_STEPS, "nearest")
         best = ops.argmin(ops.abs(ops.log(divisors / wanted)))
-        integer, divisor = integers[best], divisors[best]
-        is_close = ops.cast(ops.abs(divisor - wanted[best]) < 0.02 * divisor, "float32")
+        integer, divisor = ops.take(integers, best), ops.take(divisors, best)
+        is_close = ops.cast(ops.abs(divisor - ops.take(wanted, best)) < 0.02 * divisor, "float32")
         exact = factor / integer
         scale = ops.where(is_close > 0, numerics.one_part_of(divisor) * output_scale / input_scale, exact)
         return integer * math.copysign(1.0, self.factor), scale, is_close

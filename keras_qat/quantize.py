@@ -17,11 +17,12 @@ from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import original, trace
 from keras_qat.graph.twins import merge_twins
-from keras_qat.graph.walk import Graph, garbage_left, input_names, key_of, nodes_of, operations_of, output_names
+from keras_qat.graph.walk import Graph, input_names, key_of, nodes_of, operations_of, output_names
 from keras_qat.layers import ChannelScale, is_qat
 from keras_qat.operations import row_of
 from keras_qat.primitives import Pointwise
 from keras_qat.spec import Rule, Rules, Scheme, resolve_scheme
+from tflite_export.garbage import garbage_left
 from tflite_export.program import unique_name
 from tflite_export.table import table
 

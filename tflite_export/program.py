@@ -15,10 +15,15 @@ _BLOCK = 2**16  # numbers that are quantized at a time: in float64 they are to f
 
 def unique_name(base: str, taken: Container[str]) -> str:
     """`base`, numbered if it is taken."""
-    name, count = base, 1
-    while name in taken:
-        name, count = f"{base}_{count}", count + 1
-    return name
+    if base not in taken:
+        return base
+    used, free = 0, 1  # by halves, because a deep network has thousands of "add"s
+    while f"{base}_{free}" in taken:
+        used, free = free, 2 * free
+    while free - used > 1:
+        middle = (used + free) // 2
+        used, free = (middle, free) if f"{base}_{middle}" in taken else (used, middle)
+    return f"{base}_{free}"
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from tflite_export.garbage import garbage_left
 from tflite_export.ops import BUILTINS
 from tflite_export.program import Program, Tensor
 from tflite_export.rim import with_io_types
@@ -140,6 +141,7 @@ def _signature(program: Program, indices: dict[str, int]):
     )
 
 
+@garbage_left()
 def write(program: Program, input_type: str = "int8", output_type: str = "int8") -> bytes:
     """Writes a program as a TFLite flatbuffer.
 

@@ -1,8 +1,6 @@
 """Graphs of operations, read and rebuilt node by node: what all the rewrites stand on."""
 
 import collections
-import contextlib
-import gc
 from collections.abc import Callable
 
 import keras
@@ -187,18 +185,6 @@ def readers_of(model) -> dict[int, list]:
 def calls_of(model) -> collections.Counter:
     """Operation id → how often the model calls it."""
     return collections.Counter(id(node.operation) for node in nodes_of(model))
-
-
-@contextlib.contextmanager
-def garbage_left():
-    """Looking for garbage among all that TensorFlow holds, again and again, takes a third of the time of a rewrite."""
-    was_collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_collecting:
-            gc.enable()
 
 
 _Node = type(keras.Input(())._keras_history.operation._inbound_nodes[0])
