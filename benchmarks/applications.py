@@ -42,7 +42,18 @@ _NETWORKS = {
 _RUNTIMES = ("litert", "xnnpack")
 _IMAGES, _CLASSES, _STEPS, _BATCH = 64, 10, 2, 16
 _GOAL = 5.0
-_COLUMNS = ("network", "as", "nodes", "ops", "int8", "quantize", "freeze, write", f"<= {_GOAL:.0f} s", *_RUNTIMES, "top-1")
+_COLUMNS = (
+    "network",
+    "as",
+    "nodes",
+    "ops",
+    "int8",
+    "quantize",
+    "freeze, write",
+    f"<= {_GOAL:.0f} s",
+    *_RUNTIMES,
+    "top-1",
+)
 
 _ONLY = flags.DEFINE_multi_enum("networks", list(_NETWORKS), list(_NETWORKS), "Which; give it once for each.")
 _OUT = flags.DEFINE_string("out", default_out(__file__), "Where the text goes.")

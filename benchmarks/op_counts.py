@@ -3,7 +3,7 @@
     python benchmarks/op_counts.py [--models=ResNet50 --models=cifar]
 
 All of keras.applications that the project promises, the nets of the benchmarks and of the tests, with random weights and
-calibrated on noise. Latency is LiteRT with XNNPACK on one thread, the two files in turn; the arena is what TensorFlow Lite
+statistics of batch norms (fresh ones add nothing, which saves the converter their op) and calibrated on noise. Latency is LiteRT with XNNPACK on one thread, the two files in turn; the arena is what TensorFlow Lite
 Micro allocates. Each network has a process of its own, which gives all of its memory back.
 """
 
@@ -34,6 +34,7 @@ from tflite_export.table import table
 _ROOT = pathlib.Path(__file__).parents[1]
 # The root too: the processes started below would take tests/keras_qat for the package where that is installed as editable.
 sys.path += [str(_ROOT), str(_ROOT / "tests")]
+from cases import with_lively_batch_norms  # noqa: E402
 from models import STYLES, converted  # noqa: E402
 
 _SIZE, _CLASSES, _SAMPLES = 96, 10, 8
@@ -111,7 +112,7 @@ def measure(name: str, rounds: int) -> tuple[File, File]:
     """Our file and TFLiteConverter's, made of the same float model with the same data."""
     keras.utils.set_random_seed(0)
     network = MODELS[name]
-    model = network.build()
+    model = with_lively_batch_norms(network.build())
     generator = np.random.default_rng(0)
     inputs = model.inputs if hasattr(model, "inputs") else kq.quantize(model).inputs
     shapes = [(_SAMPLES, *x.shape[1:]) for x in inputs]
@@ -266,7 +267,7 @@ def text_of(results: dict[str, tuple[File, File]], rounds: int) -> str:
     """The tables, and what is missing from them."""
     title = "Our files beside those of TFLiteConverter's int8 PTQ: ops, latency (LiteRT, XNNPACK), TFLM arena"
     settings = (
-        f"applications at {_SIZE}×{_SIZE}, random weights, calibrated with {_SAMPLES} samples of noise; latency on one "
+        f"applications at {_SIZE}×{_SIZE}, random weights and batch norms, calibrated with {_SAMPLES} samples of noise; latency on one "
         f"thread, {rounds} rounds of {1e3 * _BURST:.0f} ms for each file"
     )
     figures = table(_COLUMNS, [row(name, *files) for name, files in results.items()])

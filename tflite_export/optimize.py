@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from tflite_export.memory import in_frugal_order
 from tflite_export.program import Op, Program
 
 
@@ -149,6 +150,7 @@ REWRITES = (
     fold_pads,
     flatten_for_fully_connected,
     drop_zero_biases,
+    in_frugal_order,
 )
 
 
