@@ -5,15 +5,13 @@ import inspect
 import math
 import re
 import traceback
-import warnings
 
 import keras
-import numpy as np
-import tensorflow as tf
 from keras import ops, tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_losses import collected, with_losses
+from keras_qat.graph.moved_weights import MovedWeights, watched
 from keras_qat.graph.walk import Graph, clone, forget_calls, key_of, nodes_of, rebuild
 from keras_qat.primitives import Constant
 from tflite_export.program import unique_name
@@ -102,7 +100,7 @@ class _Tracer:
         self.made: dict[int, object] = {}  # what rules made need not be copied
         self.in_rule = False
         self._identities: dict[int, object] = {}
-        self._moved: dict[tuple, tuple] = {}
+        self._moved = MovedWeights()
         self._names: set[str] = set()
 
     def visit(self, operation, args, kwargs, path):
@@ -131,19 +129,23 @@ class _Tracer:
         return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
 
     def _open_call(self, call, composite, args, kwargs, path, is_rule=False):
-        run = self._run_rule if is_rule else lambda function, *arguments: function(*arguments)
-        graph, tensors, outputs = run(run_call, call, composite, args, kwargs)
+        tape = None
+        if is_rule:
+            graph, tensors, outputs = self._run_rule(run_call, call, composite, args, kwargs)
+        else:
+            with watched(composite) as tape:
+                graph, tensors, outputs = run_call(call, composite, args, kwargs)
         if graph is None:
             return outputs
-        return self._visit_graph(graph, tensors, composite, kwargs, path)
+        return self._visit_graph(graph, tensors, composite, kwargs, path, tape)
 
-    def _visit_graph(self, graph, tensors, composite, kwargs, path):
+    def _visit_graph(self, graph, tensors, composite, kwargs, path, tape=None):
         training = kwargs.get("training")
         is_one_operation = len(nodes_of(graph)) == 1 and not _is_model(composite)
 
         def visit(node, inner_args, inner_kwargs):
             inner = node.operation
-            inner_args, inner_kwargs = self._with_moved_weights(composite, inner_args, inner_kwargs)
+            inner_args, inner_kwargs = self._moved.restored(composite, tape, (inner_args, inner_kwargs))
             if training is not None and getattr(inner, "_call_has_training_arg", False):
                 inner_kwargs = {"training": training, **inner_kwargs}
             # A layer that is just one operation (Add, ReLU) lends it its name, as does a Dense to what is left of it
@@ -153,51 +155,6 @@ class _Tracer:
             return self.visit(inner, inner_args, inner_kwargs, inner_path)
 
         return rebuild(graph, visit, tensors)
-
-    def _with_moved_weights(self, composite, args, kwargs):
-        """Weights that a call transposed or reshaped before it used them are plain tensors by now, and would no longer be
-        learned. Here they become weights again."""
-        if not isinstance(composite, keras.Layer) or not any(
-            isinstance(x, tf.Tensor) for x in tree.flatten((args, kwargs))
-        ):
-            return args, kwargs
-
-        def restored(value):
-            if not isinstance(value, tf.Tensor) or not value.dtype.is_floating or value.shape.num_elements() < 2:
-                return value
-            numbers = np.sort(np.ravel(value))
-            alike = [
-                weight
-                for weight in composite.trainable_variables
-                if np.size(weight) == numbers.size and np.array_equal(np.sort(np.ravel(weight)), numbers)
-            ]
-            if len(alike) == 1 and numbers[0] != numbers[-1]:
-                return self._moved_weight(composite, alike[0], value)
-            if alike:  # all zeros, say: any constant could be it, and two weights would become one
-                names = [weight.path for weight in alike]
-                warnings.warn(
-                    f"Layer {composite.name!r} seems to transpose or reshape one of its weights {names} before it uses it, but "
-                    "their numbers do not tell which. It stays as it is and is not learned. Train the model for a step first.",
-                    stacklevel=2,
-                )
-            return value
-
-        return tree.map_structure(restored, (args, kwargs))
-
-    def _moved_weight(self, composite, weight, value):
-        key = id(weight), tuple(value.shape)
-        if key not in self._moved:
-            variable = keras.Variable(value, trainable=True, name=weight.name)
-            variable.regularizer = weight.regularizer
-            self._moved[key] = (weight, variable)
-            if all(weight is not own for own in composite._trainable_variables):
-                warnings.warn(
-                    f"Layer {composite.name!r} uses the weight {weight.path!r} of another layer, transposed or reshaped. The "
-                    "QAT model trains the two apart. Embeddings that are read both ways stay one weight as a "
-                    "keras.layers.ReversibleEmbedding.",
-                    stacklevel=2,
-                )
-        return self._moved[key][1]
 
     def _regularized(self, operation, outputs, path):
         """What was opened no longer is the layer that has an `activity_regularizer`; an Identity behind it has it."""

@@ -98,7 +98,7 @@ def test_embeddings_tied_by_hand_are_told_apart():
 
 
 class ZerosAtFirst(layers.Layer):
-    """Two weights that nothing tells apart yet, both moved."""
+    """Two weights of the same numbers, both moved."""
 
     def build(self, input_shape):
         self.one, self.other = (self.add_weight(shape=(6, 8), initializer="zeros") for _ in range(2))
@@ -109,9 +109,32 @@ class ZerosAtFirst(layers.Layer):
 
 def test_weights_that_look_alike_are_not_made_one():
     symbolic = keras.Input((5, 8))
-    model = keras.Model(symbolic, ZerosAtFirst()(symbolic))
+    qat = kq.quantize(keras.Model(symbolic, ZerosAtFirst()(symbolic)))
+    assert len(qat.trainable_variables) == 2
+
+
+def test_weights_that_nothing_tells_apart_are_not_made_one():
+    """In a functional model the weight was moved long ago."""
+    symbolic = keras.Input((5, 8))
+    dense = layers.Dense(8, kernel_initializer="zeros")
+    model = keras.Model(symbolic, ops.matmul(dense(symbolic), ops.transpose(dense.kernel)))
     with pytest.warns(UserWarning, match="numbers do not tell which.*Train the model for a step"):
+        assert len(kq.quantize(model).trainable_variables) == 2
+
+
+class ComputesWithItsWeight(layers.Layer):
+    def build(self, input_shape):
+        self.rows = self.add_weight(shape=(8, 6), initializer="random_normal")
+
+    def call(self, x):
+        return ops.matmul(x, 2.0 * self.rows) + np.arange(6, dtype="float32")
+
+
+def test_what_is_computed_from_weights_is_told():
+    symbolic = keras.Input((5, 8))
+    model = keras.Model(symbolic, ComputesWithItsWeight(name="doubled")(symbolic))
+    with pytest.warns(
+        UserWarning, match="'doubled' computes with its weights .*not learned. Use the weights themselves"
+    ) as told:
         kq.quantize(model)
-    for seed, weight in enumerate(model.trainable_variables):
-        weight.assign(np.random.default_rng(seed).normal(size=weight.shape))
-    assert len(kq.quantize(model).trainable_variables) == 2
+    assert len(told) == 1
