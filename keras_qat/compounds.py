@@ -114,6 +114,25 @@ class WideMatmul(_Wide):
 
 
 @keras.saving.register_keras_serializable("keras_qat")
+class WideAdd(_Wide):
+    """A sum of 16-bit integers; reads 8 bits as `WideMatmul` does."""
+
+    def call(self, x, y):
+        return ops.add(x, y)
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class Widen(_Wide):
+    """From 8 bits to 16 on the same scale, which is exact. A layer with weights that reads it writes 16 bits too."""
+
+    def call(self, x):
+        return x
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable("keras_qat")
 class TransposedMatmul(keras.layers.Layer):
     """`x @ transpose(table)`, the table as it is: scores of each of its rows."""
 

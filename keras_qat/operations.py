@@ -332,11 +332,13 @@ OPERATIONS: dict[str, Row] = {
     "ops.Max": Row("REDUCE_MAX", "same", emit.largest, refuses=_reduces),
     "ops.Min": Row("REDUCE_MIN", "same", emit.smallest, refuses=_reduces),
     "ops.Argmax": Row("ARG_MAX", "index", emit.index_of_largest),
-    # inside of normalizations and attention
+    # inside of normalizations, attention and recurrent cells
     "InverseRoot": Row("RSQRT or a look-up", "own", emit.inverse_root),
     "Mask": Row("MINIMUM", "rounded", emit.mask),
     "Narrow": Row("QUANTIZE", "own", emit.narrow, factors=_both_inputs),
     "Probabilities": Row("SOFTMAX", "fixed", emit.probabilities, limits=Probabilities.LIMITS, bits=16),
+    "WideAdd": Row("ADD", "own", emit.wide_add, bits=16),
+    "Widen": Row("QUANTIZE", "same", emit.widen, bits=16),
     "WideMatmul": Row("BATCH_MATMUL", "own", emit.wide_matmul, bits=16),
     "Scores": Row("the end of a grid", "clamp", emit.scores),
     # functions of single numbers

@@ -91,6 +91,7 @@ CELLS = [
     Case("gru", lambda x: _gru()(x), (STEPS,)),
     Case("gru_sequence", lambda x: _gru(return_sequences=True)(x), (STEPS,)),
     Case("gru_no_bias", lambda x: layers.GRU(6, use_bias=False)(x), (STEPS,)),
+    Case("gru_steep_gates", lambda x: _gru(recurrent_activation="tanh")(x), (STEPS,)),
     Case("gru_reset_before", lambda x: _gru(reset_after=False)(x), (STEPS,)),
     Case("gru_given_state", lambda x, h: _gru()(x, initial_state=h), (STEPS, STATE)),
     Case("gru_twice", lambda x: _gru()(_gru(return_sequences=True)(x)), (STEPS,)),

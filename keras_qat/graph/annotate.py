@@ -108,7 +108,7 @@ class _Flow:
         """Layers with weights write what they read, 16 bits for 16 bits; so does all that keeps to a grid."""
         row, kind = row_of_node(node), self.kinds[id(node)]
         keeps = kind in (*_SHARING, *GONE, "clamp") or isinstance(node.operation, Quantized)
-        return self.bits[id(node.input_tensors[0])] if keeps else row.bits
+        return max(self.bits[id(node.input_tensors[0])] if keeps else 0, row.bits)
 
     def _count(self, tensors):
         for tensor in tensors:

@@ -419,6 +419,16 @@ def wide_matmul(call: Call) -> None:
     call.op("BATCH_MATMUL", [_widened(call, name) for name in call.inputs], call.output)
 
 
+def wide_add(call: Call) -> None:
+    call.op("ADD", [_widened(call, name) for name in call.inputs], call.output)
+
+
+def widen(call: Call) -> None:
+    grid = call.program.tensors[call.output]
+    grid.dtype, grid.zero_point = "int16", 0
+    call.op("QUANTIZE", call.inputs, call.output)
+
+
 def transposed_matmul(call: Call) -> None:
     call.op("BATCH_MATMUL", call.inputs, call.output, adjY=True)
 

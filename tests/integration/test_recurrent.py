@@ -8,9 +8,9 @@ from cases_recurrent import RECURRENT
 import keras_qat as kq
 import tflite_export
 
-# Below the 30 dB that we want of every cell, as measured. The input's own 8 bits are the largest part of the noise of the
-# first; three cells on top of each other hand theirs on.
-_MISSES = {"lstm_other_activations": 29.5, "rnn_of_stacked_cells": 27.5}
+# Below the 30 dB that we want of every cell, as measured: three cells on top of each other hand their noise on. That of the
+# weights' own 8 bits alone is 32 dB.
+_MISSES = {"rnn_of_stacked_cells": 27.5}
 
 
 @pytest.mark.parametrize("case", RECURRENT, ids=str)

@@ -2,7 +2,8 @@
 
 Whatever reads the input reads all of the sequence at once, in front of the loop. Whatever reads the state is one layer that
 is called at every step, so that its weights stay shared. A cell has two such pairs, one for its gates and one for its
-candidate: their sums have different ranges, and one op of each kind applies to all gates together.
+candidate: their sums have different ranges, and one op of each kind applies to all gates together. All is in 8 bits, but for
+what gates read that are steeper than a sigmoid.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from keras_qat.compounds import Narrow, WideAdd, Widen
 from keras_qat.graph.lower.activations import symbolic
 from keras_qat.graph.lower.moves import reshaped
 from keras_qat.graph.lower.weights import dense_of
@@ -151,7 +153,9 @@ def _rnn(layer, args, kwargs):
 def _lstm(cell, prefix) -> Unrolled:
     """`c' = f · c + i · g`, `h' = o · tanh(c')`, of vectors or images (ConvLSTM)."""
     i, f, g, o = _columns(cell, 4)
-    gates, candidate = _Sums(cell, prefix, "gates", [*i, *f, *o]), _Sums(cell, prefix, "candidate", g)
+    wide = _is_steep(cell.recurrent_activation)
+    gates = _Sums(cell, prefix, "gates", [*i, *f, *o], wide=wide)
+    candidate = _Sums(cell, prefix, "candidate", g, wide=wide)
     sigmoid, tanh = symbolic(cell.recurrent_activation), symbolic(cell.activation)
     # What is a product of the same two grids at every step can be rounded alike on all runtimes.
     opened, squashed, state = (OneGrid(name=f"{prefix}{name}") for name in ("gates", "squashed", "state"))
@@ -170,7 +174,7 @@ def _lstm(cell, prefix) -> Unrolled:
 def _gru(cell, prefix) -> Unrolled:
     """`h' = g + z · (h - g)`."""
     z, r, g = _columns(cell, 3)
-    gates = _Sums(cell, prefix, "gates", [*z, *r])
+    gates = _Sums(cell, prefix, "gates", [*z, *r], wide=_is_steep(cell.recurrent_activation))
     candidate = _Sums(cell, prefix, "candidate", g, bias_of_state=True)
     sigmoid, tanh = symbolic(cell.recurrent_activation), symbolic(cell.activation)
     state = OneGrid(name=f"{prefix}state")
@@ -195,7 +199,7 @@ def _gru(cell, prefix) -> Unrolled:
     # Its recurrent bias counts inside of the reset gate, also at the first step.
     needs_zeros = cell.reset_after and cell.use_bias
     zeros = _constants([np.zeros(cell.units)], prefix) if needs_zeros else lambda x: [None]
-    return Unrolled(_inputs(gates, candidate), step, lambda x: zeros(x[0]))
+    return Unrolled(_inputs(gates, candidate), step, lambda x: zeros(x[1]))
 
 
 def _simple(cell, prefix) -> Unrolled:
@@ -240,6 +244,11 @@ _CELLS = {
 # --- parts of cells --------------------------------------------------------------------------------------------------
 
 
+def _is_steep(activation) -> bool:
+    """Whether a gate shows the steps of what it reads more than a sigmoid does, whose slope is a quarter at most."""
+    return activation not in (keras.activations.sigmoid, keras.activations.hard_sigmoid)
+
+
 class _Sums:
     """`x W + h U + b` for some of a cell's gates.
 
@@ -248,15 +257,16 @@ class _Sums:
         prefix, name: The layers are called `{prefix}input_{name}` and `{prefix}recurrent_{name}`.
         columns: Which columns of the kernels these gates are.
         bias_of_state: The cell's second bias is added to `h U` before anything else is done with it.
+        wide: `x W` and the sum are in 16 bits.
     """
 
-    def __init__(self, cell, prefix, name, columns, bias_of_state=False):
+    def __init__(self, cell, prefix, name, columns, bias_of_state=False, wide=False):
         columns = np.asarray(columns)
         inputs, state = (f"{kind}_{name}" if name else kind for kind in ("input", "recurrent"))
         bias, second = None if cell.bias is None else np.asarray(cell.bias), None
         if bias is not None and bias.ndim == 2:
             bias, second = (bias[0], bias[1]) if bias_of_state else (bias.sum(axis=0), None)
-        self._whole = not hasattr(cell, "kernel_size")
+        self._whole, self._wide = not hasattr(cell, "kernel_size"), wide
         self._of_input = _layer_of(cell, "kernel", columns, bias, f"{prefix}{inputs}")
         self._of_state = _layer_of(cell, "recurrent", columns, second, f"{prefix}{state}")
         self._grid = OneGrid(name=f"{prefix}{state}_grid")
@@ -268,15 +278,18 @@ class _Sums:
     def of_inputs(self, sequence) -> list:
         """What the steps add for the sequence."""
         sequence = self._drop(sequence)
+        widen = Widen() if self._wide else lambda x: x
         if self._whole:
-            return steps_of(self._of_input(sequence))
-        return [self._of_input(x) for x in steps_of(sequence)]
+            return steps_of(self._of_input(widen(sequence)))
+        return [self._of_input(widen(x)) for x in steps_of(sequence)]
 
     def of_state(self, h):
         return self._grid(self._of_state(self._drop_state(h)))
 
     def plus(self, x, h):
-        return x if h is None else ops.add(x, self.of_state(h))
+        if not self._wide:
+            return x if h is None else ops.add(x, self.of_state(h))
+        return Narrow()(x if h is None else WideAdd()(x, self.of_state(h)))
 
 
 def _layer_of(cell, kind, columns, bias, name):
