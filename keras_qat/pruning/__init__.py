@@ -1,6 +1,6 @@
 """Pruning: what is removed and how it is chosen. `kq.callbacks.Pruning` does it while a model trains."""
 
-from keras_qat.pruning.comparison import Comparison, compare
+from keras_qat.pruning.comparison import Comparison, Size, compare
 from keras_qat.pruning.patterns import Blocks, Channels, NofM, Weights
 from keras_qat.pruning.report import LayerRow, PruningReport, report
 from keras_qat.pruning.shrink import shrink
@@ -14,6 +14,7 @@ __all__ = [
     "NofM",
     "Policy",
     "PruningReport",
+    "Size",
     "Weights",
     "compare",
     "report",

@@ -9,9 +9,10 @@ import keras
 import numpy as np
 
 import tflite_export
-from keras_qat.layers import is_qat
+from keras_qat.layers import FakeQuant, is_qat
 from keras_qat.pruning.report import report
 from keras_qat.pruning.shrink import flattened
+from keras_qat.quantizers import MaxAbs
 from tflite_export.runtimes import run
 from tflite_export.table import table
 
@@ -24,7 +25,7 @@ class Size:
     """What a model costs.
 
     Args:
-        parameters: All of its weights, in number.
+        parameters: All of its weights, in number; without the ranges that quantization-aware training keeps.
         macs: Multiplications by a weight for one input; None where an operation does not tell.
         bytes, zipped_bytes: Of the kernels, in the weights' own type.
         file_bytes: Of its `.tflite`.
@@ -97,7 +98,12 @@ def compare(before: keras.Model, after: keras.Model, files=None) -> Comparison:
 
 def _size(model) -> Size:
     total = report(model if is_qat(model) else flattened(model).model()).total
-    return Size(model.count_params(), total.macs, total.bytes, total.zipped_bytes)
+    return Size(_parameters(model), total.macs, total.bytes, total.zipped_bytes)
+
+
+def _parameters(model) -> int:
+    quantizers = [layer for layer in model._flatten_layers() if isinstance(layer, (FakeQuant, MaxAbs))]
+    return model.count_params() - sum(layer.count_params() for layer in quantizers if layer.built)
 
 
 def _arena_bytes(content: bytes) -> int | None:

@@ -583,6 +583,11 @@ def test_compare():
     assert found.before.file_bytes is None and "file" not in str(found)
 
 
+def test_compare_counts_no_ranges():
+    model = two_convolutions()
+    assert compare(model, kq.quantize(model)).after.parameters == model.count_params()
+
+
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
