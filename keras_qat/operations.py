@@ -1,6 +1,6 @@
 """The table: what each Keras operation is to the integer world. Annotate, freeze and explain all read it.
 
-To add an op, add a row here and a function to graph/emit.py that writes it. The ranges a row can have:
+To add an op, add a row here and a function to one of graph/emit/ that writes it. The ranges a row can have:
 
     own      the result gets a range of its own, observed in training
     same     values are only moved or chosen: the result shares its inputs' range and needs no rounding
@@ -25,7 +25,7 @@ import keras
 
 from keras_qat import numerics
 from keras_qat.compounds import Probabilities
-from keras_qat.graph import emit
+from keras_qat.graph.emit import arithmetic, functions, pooling, resizing, shapes, weighted, wide
 from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS
 from keras_qat.graph.walk import key_of
 
@@ -98,7 +98,7 @@ def _two_tensors(node):
 
 
 def _slices(node):
-    keys = emit.slice_keys(node)
+    keys = shapes.slice_keys(node)
     steps = [k for k in keys if isinstance(k, slice)]
     if any(not isinstance(k, (int, slice, type(None), type(Ellipsis))) for k in keys):
         return f"Only numbers and slices can stand in the brackets. Received: {keys}", "Use ops.take for the rest."
@@ -114,12 +114,12 @@ def _both_inputs(node, scales):
 
 
 def _mean_factors(node, scales):
-    count = emit.values_per_mean(node)
+    count = pooling.values_per_mean(node)
     return {"factors": scales[:1], "constant": 1.0 / count, "count": count} if _is_mean(node) else None
 
 
 def _is_mean(node) -> bool:
-    return numerics.has_divisors(emit.values_per_mean(node))
+    return numerics.has_divisors(pooling.values_per_mean(node))
 
 
 def _mean_range(node):
@@ -127,7 +127,7 @@ def _mean_range(node):
 
 
 def _reduces(node):
-    axes, rank = emit.reduced_axes(node), len(node.input_tensors[0].shape)
+    axes, rank = pooling.reduced_axes(node), len(node.input_tensors[0].shape)
     return ("It reduces the batch axis.", f"Name the axes: axis={tuple(range(1, rank))}.") if 0 in axes else None
 
 
@@ -180,7 +180,7 @@ def _keeps_batch_of_one(node):
 
 def _global_average(call):
     """MEAN where all kernels round it alike, else AVERAGE_POOL_2D on the grid of its input."""
-    emit.mean(call) if _is_mean(call.node) else emit.global_average_pool(call)
+    pooling.mean(call) if _is_mean(call.node) else pooling.global_average_pool(call)
 
 
 def _concatenates(node):
@@ -207,7 +207,7 @@ def _keeps_batch(node):
 
 
 def _transposes(node):
-    order = emit.transpose_order(node)
+    order = shapes.transpose_order(node)
     return None if order[0] == 0 else (f"It moves the batch axis (axes={order}).", "Keep axis 0 in front.")
 
 
@@ -218,15 +218,15 @@ def _pads(node):
 
 
 def _pad_range(node):
-    return "same" if emit.pad_value(node) == 0 else "rounded"
+    return "same" if shapes.pad_value(node) == 0 else "rounded"
 
 
 def _upsampling_range(node):
-    return "rounded" if emit.interpolates(node) else "same"
+    return "rounded" if resizing.interpolates(node) else "same"
 
 
 def _upsampling_ties(node):
-    return "away" if emit.smooth_factors(node) is None else "up"
+    return "away" if resizing.smooth_factors(node) is None else "up"
 
 
 def _masks(node):
@@ -254,44 +254,48 @@ def _upsamples(node):
 
 _MOVES = dict(range="same", refuses=_keeps_batch)
 _POOL = dict(fuses=False, refuses=_channels_last)
-_SIGMOID = Row("LOGISTIC", "fixed", emit.logistic, limits=(0.0, 255 / 256))
-_TANH = Row("TANH", "fixed", emit.tanh, limits=(-1.0, 127 / 128))
-_SOFTMAX = Row("SOFTMAX", "fixed", emit.softmax, limits=(0.0, 255 / 256), refuses=_softmax)
-_MAX_POOL = Row("MAX_POOL_2D", "same", emit.max_pool, **_POOL)
-_AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", emit.average_pool, **_POOL)
-_GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", emit.largest, **_POOL)
+_SIGMOID = Row("LOGISTIC", "fixed", arithmetic.logistic, limits=(0.0, 255 / 256))
+_TANH = Row("TANH", "fixed", arithmetic.tanh, limits=(-1.0, 127 / 128))
+_SOFTMAX = Row("SOFTMAX", "fixed", arithmetic.softmax, limits=(0.0, 255 / 256), refuses=_softmax)
+_MAX_POOL = Row("MAX_POOL_2D", "same", pooling.max_pool, **_POOL)
+_AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", pooling.average_pool, **_POOL)
+_GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", pooling.largest, **_POOL)
 _GLOBAL_AVERAGE_POOL = Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, factors=_mean_factors, **_POOL)
-_PAD = Row("PAD", _pad_range, emit.pad, refuses=_pads)
-_RESIZE = dict(op="RESIZE_*, + DEPTHWISE_CONV_2D", range=_upsampling_range, emit=emit.resize, ties=_upsampling_ties)
+_PAD = Row("PAD", _pad_range, shapes.pad, refuses=_pads)
+_RESIZE = dict(op="RESIZE_*, + DEPTHWISE_CONV_2D", range=_upsampling_range, emit=resizing.resize, ties=_upsampling_ties)
 _UPSAMPLING = Row(**_RESIZE, refuses=_upsamples)
-_RESHAPE = Row("RESHAPE", emit=emit.reshape, **_MOVES)
+_RESHAPE = Row("RESHAPE", emit=shapes.reshape, **_MOVES)
 _TRAINING_ONLY = Row("-", "train")
 
 OPERATIONS: dict[str, Row] = {
     # weights
-    "Dense": Row("FULLY_CONNECTED", "own", emit.fully_connected, channels=(-1,), fuses=True),
-    "Conv1D": Row("CONV_2D", "own", emit.conv_1d, channels=(-1,), fuses=True, refuses=_channels_last),
-    "Conv2D": Row("CONV_2D", "own", emit.conv_2d, channels=(-1,), fuses=True, refuses=_channels_last),
-    "DepthwiseConv1D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_1d, (1, 2), True, refuses=_channels_last),
-    "DepthwiseConv2D": Row("DEPTHWISE_CONV_2D", "own", emit.depthwise_conv_2d, (2, 3), True, refuses=_channels_last),
-    "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", emit.conv_2d_transpose, (2,), True, refuses=_transposed),
-    "ChannelScale": Row("DEPTHWISE_CONV_2D / ADD", "own", emit.channel_scale, channels=(0,), fuses=True),
-    "Rescale": Row("MUL", "own", emit.rescale, fuses=True),
-    "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", emit.batch_norm, refuses=_batch_norm),
+    "Dense": Row("FULLY_CONNECTED", "own", weighted.fully_connected, channels=(-1,), fuses=True),
+    "Conv1D": Row("CONV_2D", "own", weighted.conv_1d, channels=(-1,), fuses=True, refuses=_channels_last),
+    "Conv2D": Row("CONV_2D", "own", weighted.conv_2d, channels=(-1,), fuses=True, refuses=_channels_last),
+    "DepthwiseConv1D": Row(
+        "DEPTHWISE_CONV_2D", "own", weighted.depthwise_conv_1d, (1, 2), True, refuses=_channels_last
+    ),
+    "DepthwiseConv2D": Row(
+        "DEPTHWISE_CONV_2D", "own", weighted.depthwise_conv_2d, (2, 3), True, refuses=_channels_last
+    ),
+    "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", weighted.conv_2d_transpose, (2,), True, refuses=_transposed),
+    "ChannelScale": Row("DEPTHWISE_CONV_2D / ADD", "own", weighted.channel_scale, channels=(0,), fuses=True),
+    "Rescale": Row("MUL", "own", arithmetic.rescale, fuses=True),
+    "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", arithmetic.batch_norm, refuses=_batch_norm),
     # arithmetic
-    "ops.Add": Row("ADD", "own", emit.add, fuses=True, refuses=_two_tensors),
-    "ops.Subtract": Row("SUB", "own", emit.subtract, fuses=True, refuses=_two_tensors),
-    "ops.Multiply": Row("MUL", "own", emit.multiply, fuses=True, refuses=_two_tensors, factors=_both_inputs),
-    "ops.Maximum": Row("MAXIMUM", "same", emit.maximum, refuses=_two_tensors),
-    "ops.Minimum": Row("MINIMUM", "same", emit.minimum, refuses=_two_tensors),
+    "ops.Add": Row("ADD", "own", arithmetic.add, fuses=True, refuses=_two_tensors),
+    "ops.Subtract": Row("SUB", "own", arithmetic.subtract, fuses=True, refuses=_two_tensors),
+    "ops.Multiply": Row("MUL", "own", arithmetic.multiply, fuses=True, refuses=_two_tensors, factors=_both_inputs),
+    "ops.Maximum": Row("MAXIMUM", "same", arithmetic.maximum, refuses=_two_tensors),
+    "ops.Minimum": Row("MINIMUM", "same", arithmetic.minimum, refuses=_two_tensors),
     # activations
-    "ops.Relu": Row("RELU", "clamp", emit.relu, activation="RELU"),
-    "ops.Relu6": Row("RELU6", "clamp", emit.relu6, activation="RELU6"),
-    "ops.ReLU": Row("RELU", "clamp", emit.relu, refuses=_relu_with_options, activation="RELU"),
-    "Clamp": Row("the end of a grid, or MUL", "clamp", emit.clamp),
+    "ops.Relu": Row("RELU", "clamp", arithmetic.relu, activation="RELU"),
+    "ops.Relu6": Row("RELU6", "clamp", arithmetic.relu6, activation="RELU6"),
+    "ops.ReLU": Row("RELU", "clamp", arithmetic.relu, refuses=_relu_with_options, activation="RELU"),
+    "Clamp": Row("the end of a grid, or MUL", "clamp", arithmetic.clamp),
     "ops.Clip": Row("CAST + ADD + GATHER", "look-up", refuses=_one_tensor),
-    "Slope": Row("PRELU", "joined", emit.slope),
-    "HardSwish": Row("HARD_SWISH", "own", emit.hard_swish),
+    "Slope": Row("PRELU", "joined", arithmetic.slope),
+    "HardSwish": Row("HARD_SWISH", "own", arithmetic.hard_swish),
     "ops.Sigmoid": _SIGMOID,
     "ops.Tanh": _TANH,
     "ops.Softmax": _SOFTMAX,
@@ -316,33 +320,33 @@ OPERATIONS: dict[str, Row] = {
     "ops.Reshape": _RESHAPE,
     "ops.ExpandDims": _RESHAPE,
     "ops.Squeeze": _RESHAPE,
-    "ops.Transpose": Row("TRANSPOSE", "same", emit.transpose, refuses=_transposes),
-    "ops.GetItem": Row("STRIDED_SLICE", "same", emit.strided_slice, refuses=_slices),
-    "ops.Concatenate": Row("CONCATENATION", "same", emit.concatenation, refuses=_concatenates),
-    "ops.Take": Row("GATHER", "same", emit.take, refuses=_takes),
-    "ops.Stack": Row("PACK", "same", emit.stack),
-    "ops.Where": Row("SELECT_V2", "same", emit.select, refuses=_selects),
-    "ops.BroadcastTo": Row("BROADCAST_TO", "same", emit.broadcast, refuses=_keeps_batch_of_one),
-    "Constant": Row("-", "constant", emit.constant_tensor),
+    "ops.Transpose": Row("TRANSPOSE", "same", shapes.transpose, refuses=_transposes),
+    "ops.GetItem": Row("STRIDED_SLICE", "same", shapes.strided_slice, refuses=_slices),
+    "ops.Concatenate": Row("CONCATENATION", "same", shapes.concatenation, refuses=_concatenates),
+    "ops.Take": Row("GATHER", "same", shapes.take, refuses=_takes),
+    "ops.Stack": Row("PACK", "same", shapes.stack),
+    "ops.Where": Row("SELECT_V2", "same", shapes.select, refuses=_selects),
+    "ops.BroadcastTo": Row("BROADCAST_TO", "same", shapes.broadcast, refuses=_keeps_batch_of_one),
+    "Constant": Row("-", "constant", shapes.constant_tensor),
     "InFloat": Row("float", "float", lambda call: emit_in_float(call)),
     # products and reductions
-    "ops.Matmul": Row("BATCH_MATMUL", "own", emit.batch_matmul, refuses=_matmuls, factors=_both_inputs),
-    "TransposedMatmul": Row("BATCH_MATMUL", "own", emit.transposed_matmul, factors=_both_inputs),
+    "ops.Matmul": Row("BATCH_MATMUL", "own", arithmetic.batch_matmul, refuses=_matmuls, factors=_both_inputs),
+    "TransposedMatmul": Row("BATCH_MATMUL", "own", arithmetic.transposed_matmul, factors=_both_inputs),
     "ops.Mean": Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, refuses=_reduces, factors=_mean_factors),
-    "ops.Max": Row("REDUCE_MAX", "same", emit.largest, refuses=_reduces),
-    "ops.Min": Row("REDUCE_MIN", "same", emit.smallest, refuses=_reduces),
-    "ops.Argmax": Row("ARG_MAX", "index", emit.index_of_largest),
+    "ops.Max": Row("REDUCE_MAX", "same", pooling.largest, refuses=_reduces),
+    "ops.Min": Row("REDUCE_MIN", "same", pooling.smallest, refuses=_reduces),
+    "ops.Argmax": Row("ARG_MAX", "index", pooling.index_of_largest),
     # inside of normalizations, attention and recurrent cells
-    "InverseRoot": Row("RSQRT or a look-up", "own", emit.inverse_root),
-    "Mask": Row("MINIMUM", "rounded", emit.mask),
-    "Narrow": Row("QUANTIZE", "own", emit.narrow, factors=_both_inputs),
-    "Probabilities": Row("SOFTMAX", "fixed", emit.probabilities, limits=Probabilities.LIMITS, bits=16),
-    "WideAdd": Row("ADD", "own", emit.wide_add, bits=16),
-    "Widen": Row("QUANTIZE", "same", emit.widen, bits=16),
-    "WideMatmul": Row("BATCH_MATMUL", "own", emit.wide_matmul, bits=16),
-    "Scores": Row("the end of a grid", "clamp", emit.scores),
+    "InverseRoot": Row("RSQRT or a look-up", "own", functions.inverse_root),
+    "Mask": Row("MINIMUM", "rounded", wide.mask),
+    "Narrow": Row("QUANTIZE", "own", wide.narrow, factors=_both_inputs),
+    "Probabilities": Row("SOFTMAX", "fixed", wide.probabilities, limits=Probabilities.LIMITS, bits=16),
+    "WideAdd": Row("ADD", "own", wide.wide_add, bits=16),
+    "Widen": Row("QUANTIZE", "same", wide.widen, bits=16),
+    "WideMatmul": Row("BATCH_MATMUL", "own", wide.wide_matmul, bits=16),
+    "Scores": Row("the end of a grid", "clamp", wide.scores),
     # functions of single numbers
-    "Pointwise": Row("look-up", "own", emit.pointwise),
+    "Pointwise": Row("look-up", "own", functions.pointwise),
     **{key: Row(SINGLE_OPS.get(key, "CAST + ADD + GATHER"), "look-up", refuses=_one_tensor) for key in sorted(LOOKUPS)},
     "OneGrid": Row("-", "tied"),
     # training only, or refused

@@ -7,13 +7,13 @@ import numpy as np
 from keras import tree
 
 from keras_qat.graph.annotate import GONE, is_index, row_of_node
-from keras_qat.graph.emit import Call
+from keras_qat.graph.emit.call import Call
 from keras_qat.graph.walk import input_names, nodes_of, output_names
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
 from keras_qat.primitives import Constant, Slope
 from tflite_export import Op, Program, Tensor, with_io_types
-from tflite_export.optimize import optimize
 from tflite_export.garbage import garbage_left
+from tflite_export.optimize import optimize
 from tflite_export.program import unique_name
 
 

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_qat.graph.emit import slice_keys
+from keras_qat.graph.emit.shapes import slice_keys
 from keras_qat.graph.lookups import LOOKUPS
 from keras_qat.pruning.channels import Channels, Kernel
 
