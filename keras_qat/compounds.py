@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qat import kernels
 from keras_qat.layers import GridLayer, _calibrating
 
 # What the weights of masked places may add up to, next to the largest one of their row.
@@ -106,11 +107,20 @@ class _Wide(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_qat")
-class WideMatmul(_Wide):
+class WideMatmul(GridLayer):
     """A matmul of 16-bit integers: what it reads in 8 bits is brought to 16 on the same scale, which is exact."""
 
-    def call(self, x, y):
-        return ops.matmul(x, y)
+    operands = 2
+
+    def call(self, x, y, x_scale=None, y_scale=None, output_scale=None, training=None):
+        if training or x_scale is None or _calibrating.get() or not self.rounds:
+            return ops.matmul(x, y)
+        integers = [ops.cast(ops.round(value / scale), "float64") for value, scale in ((x, x_scale), (y, y_scale))]
+        ratio = ops.cast(x_scale * y_scale, "float64") / ops.cast(output_scale, "float64")
+        return kernels.requantized_16(ops.matmul(*integers), ratio) * output_scale
+
+    def compute_output_spec(self, x, y, *args, **kwargs):
+        return keras.KerasTensor(ops.matmul(x, y).shape, "float32")
 
 
 @keras.saving.register_keras_serializable("keras_qat")
@@ -158,24 +168,25 @@ class Narrow(_Wide):
 
 
 @keras.saving.register_keras_serializable("keras_qat")
-class Probabilities(_Wide):
-    """`softmax(factor · x)` along the last axis, in 16 bits.
+class Probabilities(GridLayer):
+    """`softmax(factor · x)` along the last axis, in 16 bits; at inference by the kernel's own arithmetic.
 
     An int8 SOFTMAX writes steps of 1/256. Of 64 places that count alike each would get 4 of them: 22 dB. The 16-bit one
-    reads 16 bits too and writes steps of 1/32768. Its look-ups come to within 2 of them.
+    reads 16 bits too and writes steps of 1/32768. Its look-ups come to within 2 of them, which the layers behind add up.
     """
 
-    LIMITS = (0.0, 32767.0 / 32768.0)
+    STEP = 1.0 / 32768.0
+    LIMITS = (0.0, 32767.0 * STEP)
 
     def __init__(self, factor: float = 1.0, **kwargs):
         super().__init__(**kwargs)
         self.factor = float(factor)
 
-    def call(self, x):
-        return ops.softmax(x * self.factor, axis=-1)
-
-    def compute_output_shape(self, input_shape):
-        return input_shape
+    def call(self, x, input_scale=None, output_scale=None, training=None):
+        if training or input_scale is None or _calibrating.get() or not self.rounds:
+            return ops.softmax(x * self.factor, axis=-1)
+        scale = ops.cast(input_scale, "float64") * float(np.float32(self.factor))
+        return kernels.softmax_16(ops.round(x / input_scale), scale) * self.STEP
 
     def get_config(self):
         return {**super().get_config(), "factor": self.factor}

@@ -238,6 +238,7 @@ def _constant(values):
 class GridLayer(keras.layers.Layer):
     """A layer that must know the grids it stands between: `annotate` calls it with the scales of both."""
 
+    operands = 1  # how many tensors it reads; their scales come behind them, then that of what it writes
     rounds = True  # False computes in real values while a training step runs, as if there were no grids
 
     def __init__(self, **kwargs):
@@ -318,6 +319,7 @@ class Quantized(GridLayer):
         bits, per_channel: How the weights are quantized.
         frozen_statistics: The batch norm keeps its moving averages in training too, and normalizes with them. Its gamma
             and beta go on learning.
+        wide: It reads and writes 16 bits.
     """
 
     def __init__(
@@ -329,6 +331,7 @@ class Quantized(GridLayer):
         bits=8,
         per_channel=True,
         frozen_statistics=False,
+        wide=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -336,7 +339,7 @@ class Quantized(GridLayer):
         self.batch_norm = _deserialized(batch_norm)
         self.channel_axes, self.input_scaling = tuple(channel_axes), tuple(input_scaling)
         self.weight_quantizer = MaxAbs(bits, per_channel, self.channel_axes, name="weights")
-        self.frozen_statistics = frozen_statistics
+        self.frozen_statistics, self.wide = frozen_statistics, wide
 
     def build(self, input_shape, *_):
         if not self.layer.built:
@@ -355,6 +358,8 @@ class Quantized(GridLayer):
         sums = self._linear(ops.round(x / input_scale), integers.kernel) + integers.bias
         # Where steps are snapped to what kernels round alike, whole sums never lie closely below a half. A quarter of a
         # step outwards then keeps the noise of float32 from deciding about those that lie a hair above one.
+        if self.wide:
+            return kernels.requantized_16(sums, integers.step / output_scale) * output_scale
         return (sums + 0.25 * integers.snapped * ops.sign(sums)) * integers.step
 
     def _in_training(self, x, input_scale, output_scale, training):
@@ -403,7 +408,9 @@ class Quantized(GridLayer):
         kernel = self.weight_quantizer.integers(read_as(input_scale, self.layer.kernel), self._per_kernel(scale))
         multiplier, bias = self._multiplier_and_bias(kernel, scale)
         step, kept = numerics.accumulator_step(input_scale, scale, multiplier, bias)
-        if self.batch_norm is not None and output_scale is not None:
+        if self.wide:
+            step = ops.cast(kernels.snap_to_15_bits(step / output_scale), "float32") * output_scale
+        elif self.batch_norm is not None and output_scale is not None:
             step, snapped = numerics.snap_to_kernels(step, output_scale, 32.0, "nearest")
         # A negative factor of a batch norm turns the channel's integers around, so that its scale stays positive.
         kernel = ops.round(kernel * self._per_kernel(ops.where(multiplier < 0, -kept, kept)))
@@ -415,7 +422,7 @@ class Quantized(GridLayer):
         With a batch norm the scale stays: what is moved then is the product with its factor, at inference.
         """
         scale = self.weight_quantizer.channel_scale(read_as(input_scale, self.layer.kernel))
-        if self.batch_norm is not None or input_scale is None or output_scale is None:
+        if self.wide or self.batch_norm is not None or input_scale is None or output_scale is None:
             return scale, 0.0
         factor = input_scale * self.input_scaling[0]
         step, snapped = numerics.snap_to_kernels(factor * scale, output_scale, numerics.FEWEST_STEPS, "up")
@@ -465,6 +472,7 @@ class Quantized(GridLayer):
             "bits": self.weight_quantizer.spec.bits,
             "per_channel": self.weight_quantizer.spec.per_channel,
             "frozen_statistics": self.frozen_statistics,
+            "wide": self.wide,
         }
 
 

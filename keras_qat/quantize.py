@@ -67,7 +67,9 @@ def quantize(
             raise UnsupportedModelError(prepared.problems)
         qat = _with_output_names(annotate(prepared.fused, prepared.plan), prepared.output_names)
     if prepared.rules.unused:
-        warnings.warn(f"These rules matched no layer: {prepared.rules.unused}", stacklevel=2)
+        paths = [_path(operation) for operation in operations_of(prepared.flat)]
+        shown = ", ".join(paths[:20]) + (" ..." if len(paths) > 20 else "")
+        warnings.warn(f"These rules matched no layer: {prepared.rules.unused}. The layers are: {shown}", stacklevel=2)
     return _with_own_steps(model, qat)
 
 

@@ -337,8 +337,9 @@ def of_sparsity(schedule) -> Schedule:
 
 def of_bits(schedule) -> Schedule:
     """`adapt`, and nothing but numbers of bits in it."""
-    adapted = adapt(schedule)
-    if isinstance(adapted, Foreign) or not all(map(_is_bits, _values_of(adapted))):
+    is_number = isinstance(schedule, (int, float))
+    adapted = adapt(schedule) if not is_number or _is_bits(schedule) else None
+    if adapted is None or isinstance(adapted, Foreign) or not all(map(_is_bits, _values_of(adapted))):
         raise ValueError(
             f"Weights have 2 to 8 bits. Expected a schedule between them, or a number. Received: {schedule!r}"
         )

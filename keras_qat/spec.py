@@ -66,7 +66,9 @@ def resolve_scheme(scheme: str | Scheme) -> Scheme:
 class Rule:
     """Gives the layers whose path matches `pattern` (shell-style: `*`, `?`, `[ab]`) a scheme of their own.
 
-    Rules stand in a list; the first match wins. A scheme of None leaves the layers in float.
+    Paths are those that `kq.explain` shows: the names of layers, with slashes between those inside of each other. The name of
+    a block or a layer matches all that is in it, "head" as well as "head/*". Rules stand in a list; the first match wins. A
+    scheme of None leaves the layers in float.
 
     Example:
         `kq.quantize(model, rules=[kq.Rule("head/*", kq.Scheme(weights=kq.Spec(bits=4, symmetric=True)))])`
@@ -74,6 +76,18 @@ class Rule:
 
     pattern: str
     scheme: str | Scheme | None
+
+
+def matches_path(pattern: str, path: str) -> bool:
+    """Whether a pattern matches a path, or something that it is inside of."""
+    return any(fnmatch.fnmatchcase(path, each) for each in (pattern, f"{pattern}/*", pattern.removesuffix("/*")))
+
+
+def _scheme_of(rule: Rule) -> Scheme:
+    try:
+        return resolve_scheme(rule.scheme)
+    except ValueError as error:
+        raise ValueError(f"Rule for {rule.pattern!r}: {error}") from None
 
 
 class Rules:
@@ -85,14 +99,14 @@ class Rules:
         for rule in rules:
             if not isinstance(rule, Rule):
                 raise ValueError(f"rules is a list of kq.Rule. Received: {rule!r}")
-        self._rules = [(rule, None if rule.scheme is None else resolve_scheme(rule.scheme)) for rule in rules]
+        self._rules = [(rule, None if rule.scheme is None else _scheme_of(rule)) for rule in rules]
         self._default = default
         self._used: set[str] = set()
 
     def scheme_of(self, path: str) -> Scheme | None:
         """The scheme of a layer, None where it stays in float."""
         for rule, scheme in self._rules:
-            if fnmatch.fnmatchcase(path, rule.pattern):
+            if matches_path(rule.pattern, path):
                 self._used.add(rule.pattern)
                 return scheme
         return self._default

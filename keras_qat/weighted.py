@@ -1,14 +1,13 @@
 """The layers of a model that hold weights, each under the path that rules name it by, and how its kernels lie."""
 
 import dataclasses
-import fnmatch
 import warnings
 from collections.abc import Sequence
 
 import keras
 
 from keras_qat.layers import FakeQuant, Quantized, is_qat
-from keras_qat.spec import Rule
+from keras_qat.spec import Rule, matches_path
 
 RANGES = "ranges"
 
@@ -96,7 +95,7 @@ def first_matches(rules: Sequence[Rule], layers: Sequence[WeightedLayer], matche
 def matches_layer(pattern: str | type, item: WeightedLayer) -> bool:
     if isinstance(pattern, type):
         return isinstance(item.layer, pattern) or any(isinstance(layer, pattern) for layer in item.around[1:])
-    return fnmatch.fnmatchcase(item.path, pattern) or fnmatch.fnmatchcase(item.path, f"{pattern}/*")
+    return matches_path(pattern, item.path)
 
 
 def checked_rules(rules) -> list[Rule]:

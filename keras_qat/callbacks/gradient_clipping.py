@@ -43,7 +43,7 @@ class GradientClipping(StepCallback):
     Example:
         ```python
         clip = kq.callbacks.GradientClipping(
-            kq.clipping.ByGlobalNorm(1.0), rules=[kq.Rule("head/*", None), kq.Rule("ranges", kq.clipping.ByValue(0.1))]
+            kq.clipping.ByGlobalNorm(1.0), rules=[kq.Rule("head", None), kq.Rule("conv*", kq.clipping.Adaptive(0.01))]
         )
         model.fit(x, y, callbacks=[clip])
         ```

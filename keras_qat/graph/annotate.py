@@ -319,7 +319,11 @@ class _Annotator:
             result = Rescale(name=f"{node.operation.name}.copy")(args[0], scales[0], self._scale_at(site, args[0]))
             result = self.reused.call(node, (result,), {})
         elif isinstance(node.operation, GridLayer):
-            result = self.reused.call(node, (args[0], scales[0], self._scale_at(site, args[0])), kwargs)
+            if isinstance(node.operation, Quantized):
+                node.operation.wide = site.bits == 16
+            count = node.operation.operands
+            grids = (*scales[:count], self._scale_at(site, args[0]))
+            result = self.reused.call(node, (*args[:count], *grids), kwargs)
         else:
             result = self.reused.call(node, args, kwargs)
         self.scale_of[id(result)] = next(iter(scales), None)

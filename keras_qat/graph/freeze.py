@@ -9,7 +9,7 @@ from keras import tree
 from keras_qat.graph.annotate import GONE, is_index, row_of_node
 from keras_qat.graph.emit.call import Call
 from keras_qat.graph.walk import input_names, nodes_of, output_names
-from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale, require_qat
+from keras_qat.layers import FakeQuant, Quantized, Rescale, require_qat
 from keras_qat.primitives import Constant, Slope
 from tflite_export import Op, Program, Tensor, with_io_types
 from tflite_export.garbage import garbage_left
@@ -42,6 +42,7 @@ def freeze(
         ValueError: if a range was never observed; the message names the layers.
     """
     _require_ranges(qat)
+    _require_finite(qat)
     program = Program(dynamic_batch=dynamic_batch, description=f"{qat.name}, quantized by keras_qat")
     freezer = _Freezer(program, portable)
     for tensor in qat.inputs:
@@ -64,6 +65,17 @@ def _require_ranges(qat) -> None:
             f"The ranges of {len(unseen)} tensors were never observed: {shown}. Train the model with fit, or run "
             "kq.calibrate(qat, data) first."
         )
+
+
+def _require_finite(qat) -> None:
+    for layer in qat.layers:
+        for weight in layer.weights:
+            if "seed" not in weight.path and not np.all(np.isfinite(np.asarray(weight, np.float32))):
+                raise ValueError(
+                    f"Layer {layer.name!r}: its {weight.path!r} holds NaN or infinite values, which no integer stands for. "
+                    "Training has diverged: go back to a checkpoint, and lower the learning rate or clip gradients "
+                    "(kq.callbacks.GradientClipping)."
+                )
 
 
 @dataclasses.dataclass
@@ -197,7 +209,7 @@ def _data_inputs(node, kind: str):
     """The further inputs of a grid layer are the scales; a constant does not look at its input."""
     if kind == "constant":
         return []
-    return node.input_tensors[:1] if isinstance(node.operation, GridLayer) else node.input_tensors
+    return node.input_tensors[: getattr(node.operation, "operands", None)]
 
 
 def taps(qat: keras.Model) -> tuple[list[str], keras.Model]:

@@ -27,6 +27,7 @@ class MovedWeights:
 
     def __init__(self):
         self._made: dict[tuple, tuple] = {}
+        self._of_others: list[tuple] = []  # layers, and weights of others that they moved
 
     def restored(self, layer, tape, arguments):
         """The arguments of an operation that `layer` calls, with weights for the tensors that are moved ones of it.
@@ -61,13 +62,19 @@ class MovedWeights:
             variable.regularizer = weight.regularizer
             self._made[key] = (weight, variable)
             if all(weight is not own for own in layer._trainable_variables):
+                self._of_others.append((layer, weight))
+        return self._made[key][1]
+
+    def warn_of_doubles(self, read: set[int]) -> None:
+        """Tells of the weights, among those whose ids are `read` by their own layers, that others moved."""
+        for layer, weight in self._of_others:
+            if id(weight) in read:
                 warnings.warn(
                     f"Layer {layer.name!r} uses the weight {weight.path!r} of another layer, transposed or reshaped. The "
                     "QAT model trains the two apart. Embeddings that are read both ways stay one weight as a "
                     "keras.layers.ReversibleEmbedding.",
                     stacklevel=2,
                 )
-        return self._made[key][1]
 
 
 def _sources(layer, tape, value) -> list:

@@ -47,6 +47,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[G
     tracer.problems += _dynamic_axes(inputs)
     with _left_untouched(model), _batch_left_open_in_reshapes(), _rules_noted(tracer):
         outputs = tracer.open(model, (inputs,), {}, path="")
+    tracer.warn_of_doubles()
     for output in tree.flatten(outputs):
         if not isinstance(output, keras.KerasTensor):
             raise ValueError(
@@ -72,6 +73,8 @@ def _inputs_of(model):
     if not model.built or not shapes:
         raise ValueError(f"Model {model.name!r} is not built, so the shape of its input is unknown. {_HOW_TO_BUILD}")
     shape = next(iter(shapes.values()))
+    if isinstance(shape, dict):
+        return {key: keras.Input(batch_shape=(None, *each[1:]), name=key) for key, each in shape.items()}
     return tree.map_shape_structure(lambda x: keras.Input(batch_shape=(None, *x[1:])), shape)
 
 
@@ -173,6 +176,10 @@ class _Tracer:
         if key not in self._lowerings or key is None:
             self._lowerings[key] = (operation, self._run_rule(self.lowering_of, operation, args, kwargs))
         return self._lowerings[key][1]
+
+    def warn_of_doubles(self):
+        opened = [operation for operation, _ in self._lowerings.values() if isinstance(operation, keras.Layer)]
+        self._moved.warn_of_doubles({id(weight) for layer in opened for weight in layer._trainable_variables})
 
     def _run_rule(self, function, *arguments):
         self.in_rule = True

@@ -174,7 +174,7 @@ def _positions_of_call(layer, input_shape, output_shape) -> int | None:
         shape = output_shape[1:-1]
     elif isinstance(layer, keras.layers.PReLU):
         shape = [size for size, weights in zip(output_shape[1:], layer.alpha.shape, strict=True) if weights != size]
-    elif "Conv" in type(layer).__name__:
+    elif "Conv" in type(layer).__name__ and hasattr(layer, "data_format"):
         # A transposed convolution spreads each input out, the others gather each output.
         shape = input_shape if "Transpose" in type(layer).__name__ else output_shape
         shape = shape[1:-1] if layer.data_format == "channels_last" else shape[2:]

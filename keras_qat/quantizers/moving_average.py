@@ -12,7 +12,7 @@ class MovingAverage(keras.layers.Layer):
     batches are averaged evenly, so the range is right from the first one on.
 
     Tensors that must share one grid (the inputs of a concatenation) share one quantizer: each of its `sites` keeps an
-    average of its own, and the range is the union of them all.
+    average of its own, and the range is the union of them all. A batch with a NaN or an infinite value is left out.
 
     Args:
         momentum: Of the average, once `1 / (1 - momentum)` batches have been seen.
@@ -53,7 +53,8 @@ class MovingAverage(keras.layers.Layer):
     def include(self, x, site: int) -> None:
         """Widens the range of a site so that it holds all of `x` (calibration by minimum and maximum)."""
         batch, (low, high, count) = self._range_of(x, site), ops.unstack(self.seen[site].value)
-        self.seen[site].assign(ops.stack([ops.minimum(low, batch[0]), ops.maximum(high, batch[1]), count + 1.0]))
+        wider = ops.stack([ops.minimum(low, batch[0]), ops.maximum(high, batch[1]), count + 1.0])
+        self.seen[site].assign(ops.where(_is_finite(batch), wider, self.seen[site].value))
 
     def forget(self) -> None:
         """Goes back to the state before the first batch."""
@@ -71,7 +72,7 @@ class MovingAverage(keras.layers.Layer):
         low, high, count = ops.unstack(self.seen[site].value)
         rate = ops.maximum(1.0 - self.momentum, 1.0 / (count + 1.0))
         step = ops.stack([(batch[0] - low) * rate, (batch[1] - high) * rate, 1.0])
-        self.seen[site].assign_add(step)
+        self.seen[site].assign_add(ops.where(_is_finite(batch), step, 0.0))
 
     def known_limits(self):
         """The range as observed so far: the union over the sites."""
@@ -83,3 +84,7 @@ class MovingAverage(keras.layers.Layer):
     def get_config(self):
         config = {"momentum": self.momentum, "sites": self.sites, "nonnegative": self.nonnegative}
         return {**super().get_config(), **config}
+
+
+def _is_finite(batch):
+    return ops.all(ops.isfinite(batch))

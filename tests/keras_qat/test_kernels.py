@@ -22,8 +22,8 @@ def random_grids(count, seed) -> list[tuple[float, int]]:
 class OpsInParallel:
     """A program of one op on each of several pairs of grids, so that a runtime is started once for all of them."""
 
-    def __init__(self):
-        self.program, self.values = Program(), []
+    def __init__(self, dtype="int8"):
+        self.program, self.values, self.dtype = Program(), [], dtype
 
     def add(self, kind, values, grid, output_shape, output_grid, constants=(), **options) -> None:
         """One more op on `values` (integers without the batch axis), its constants behind them."""
@@ -32,11 +32,11 @@ class OpsInParallel:
         for name, shape, (scale, zero_point) in zip(
             names, (values.shape, output_shape), (grid, output_grid), strict=True
         ):
-            self.program.add(Tensor(name, (1, *shape), "int8", (float(scale),), int(zero_point)))
+            self.program.add(Tensor(name, (1, *shape), self.dtype, (float(scale),), int(zero_point)))
         self.program.inputs[names[0]], self.program.outputs[names[1]] = names
         inputs = [names[0], *(self.program.add(constant) for constant in constants)]
         self.program.ops.append(Op(kind, inputs, [names[1]], options))
-        self.values.append(values[None].astype(np.int8))
+        self.values.append(values[None].astype(self.dtype))
 
     def run(self, runtime) -> list[np.ndarray]:
         return [output[0].astype(int) for output in run(runtime, write(self.program), self.values).outputs]
@@ -68,6 +68,67 @@ def test_hard_swish_is_the_kernels(runtime):
         scales = tf.constant(grid[0]), tf.constant(output_grid[0])
         result = np.asarray(kernels.hard_swish(integers, *scales)).astype(int) + output_grid[1]
         expected.append(np.clip(result, -128, 127))
+    assert not differing(ops.run(runtime), expected)
+
+
+# --- 16 bits ---------------------------------------------------------------------------------------------------------
+
+
+@each_runtime
+def test_softmax_of_16_bits_is_the_kernels(runtime):
+    """Rows of all lengths, scores that are close together and far apart, some of them masked."""
+    ops, expected, generator = OpsInParallel("int16"), [], np.random.default_rng(0)
+    for size in (2, 8, 49, 128):
+        for scale, beta in ((2**-12, 0.35), (3.3e-4, 1.0), (1e-3, 0.25), (5e-5, 1.3)):
+            scores = np.clip(generator.normal(0, generator.uniform(100, 9000), (40, size)), -32767, 32767).astype(int)
+            scores[::3, size // 2 :] = -32767
+            ops.add("SOFTMAX", scores, (scale, 0), scores.shape, (2**-15, 0), beta=beta)
+            scale = np.float64(np.float32(scale)) * np.float64(np.float32(beta))
+            expected.append(np.asarray(kernels.softmax_16(scores, scale)).astype(int))
+    found = ops.run(runtime)
+    if runtime == "tflm":
+        differences = np.concatenate([np.ravel(np.abs(a - b)) for a, b in zip(found, expected, strict=True)])
+        assert differences.max() <= 1 and 0 < differences.mean() < 0.005
+    else:
+        assert not differing(found, expected)
+
+
+RATIOS = [3.1e-5, 4e-4, 1.7e-3, 0.011, 0.0625, 0.3, 0.9]
+
+
+@each_runtime
+def test_dense_layers_of_16_bits_are_the_kernels(runtime):
+    """Accumulators up to the ends of the output."""
+    ops, expected, generator = OpsInParallel("int16"), [], np.random.default_rng(0)
+    for wanted in RATIOS:
+        ratio = float(kernels.snap_to_15_bits(wanted))
+        assert ratio == pytest.approx(wanted, rel=2**-14)
+        values = generator.integers(-32767, 32768, (200, 24))
+        weights = generator.integers(-127, 128, (16, 24)) if wanted < 0.01 else generator.integers(-1, 2, (16, 24))
+        bias = generator.integers(-9999, 9999, 16)
+        constants = (
+            Tensor("weights", weights.shape, "int8", (ratio,) * 16, axis=0, data=weights.astype(np.int8)),
+            Tensor("bias", bias.shape, "int64", (ratio,) * 16, axis=0, data=bias),
+        )
+        ops.add("FULLY_CONNECTED", values, (1.0, 0), (200, 16), (1.0, 0), constants, keepNumDims=True)
+        integers = np.asarray(kernels.requantized_16(values @ weights.T + bias, ratio))
+        expected.append(np.clip(integers, -32768, 32767).astype(int))
+    assert not differing(ops.run(runtime), expected)
+
+
+@each_runtime
+def test_matmuls_of_16_bits_are_the_kernels(runtime):
+    ops, expected, generator = OpsInParallel("int16"), [], np.random.default_rng(0)
+    for ratio in RATIOS[:4]:
+        factor = generator.integers(-128, 128, (6, 30, 5))
+        values = generator.integers(0, 2000, (6, 7, 30))
+        name = ops.program.add(
+            Tensor("factor", (1, *factor.shape), "int16", (1.0,), data=factor[None].astype(np.int16))
+        )
+        ops.add("BATCH_MATMUL", values, (ratio, 0), (6, 7, 5), (1.0, 0))
+        ops.program.ops[-1].inputs.append(name)
+        integers = np.asarray(kernels.requantized_16(values @ factor, np.float32(ratio)))
+        expected.append(np.clip(integers, -32768, 32767).astype(int))
     assert not differing(ops.run(runtime), expected)
 
 

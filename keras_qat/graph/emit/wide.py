@@ -15,6 +15,7 @@ def mask(call: Call) -> None:
     else:
         grid = call.program.tensors[call.output]
         low, high = grid.integer_range
+        low = max(low, -high) if grid.dtype == "int16" else low  # 16-bit grids are symmetric
         integers = np.where(keep, high, low)
         limits = call.constant("mask", integers, grid.dtype, scale=grid.scale, zero_point=grid.zero_point)
     call.op("MINIMUM", [call.inputs[0], limits], call.output)
