@@ -138,3 +138,20 @@ def test_what_is_computed_from_weights_is_told():
     ) as told:
         kq.quantize(model)
     assert len(told) == 1
+
+
+class Positions(layers.Layer):
+    """An embedding of each place, as people write it: Keras runs it at once, on numbers that are no tensors of the model."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.words, self.places = layers.Embedding(20, 8), layers.Embedding(5, 8)
+
+    def call(self, ids):
+        return self.words(ids) + self.places(ops.arange(5))
+
+
+def test_embedded_places_are_learned(recwarn):
+    symbolic = keras.Input((5,), dtype="int32")
+    assert len(kq.quantize(keras.Model(symbolic, Positions()(symbolic))).trainable_variables) == 2
+    assert not [w for w in recwarn if "weight" in str(w.message)]

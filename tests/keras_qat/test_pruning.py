@@ -856,6 +856,20 @@ def test_report_of_other_layers():
     assert all(row.macs is None for row in report(model).rows) and "unknown" in str(report(model))
 
 
+class OwnConv(layers.Layer):
+    def build(self, input_shape):
+        self.kernel = self.add_weight(name="kernel", shape=(3, 3, input_shape[-1], 8))
+
+    def call(self, x):
+        return ops.conv(x, self.kernel)
+
+
+def test_macs_of_custom_layers_are_unknown():
+    inputs = keras.Input((8, 8, 3))
+    (row,) = report(keras.Model(inputs, OwnConv()(inputs))).rows
+    assert (row.weights, row.macs) == (3 * 3 * 3 * 8, None)
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 BAD = {

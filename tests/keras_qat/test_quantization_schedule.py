@@ -375,6 +375,7 @@ BAD = {
     "one_bit": (lambda: QuantizationSchedule(bits=1), "2 to 8.*1"),
     "sixteen_bits": (lambda: QuantizationSchedule(bits=16), "2 to 8.*16"),
     "backwards": (lambda: QuantizationSchedule(bits=Polynomial(8, 4, 9, 5)), "ends where it begins or later"),
+    "too_many_bits": (lambda: QuantizationSchedule(bits=9), "2 to 8 bits.*Received: 9"),
     "bits_in_a_rule": (lambda: QuantizationSchedule(rules=[kq.Rule("conv", 0.5)]), "2 to 8 bits"),
     "no_rule": (lambda: QuantizationSchedule(rules=["conv"]), "kq.Rule"),
     "bits_for_a_sparsity": (lambda: Pruning(Polynomial(2, 4, 0, 9)), "share of the weights"),

@@ -442,7 +442,7 @@ def test_what_is_no_built_model_is_refused(make, message, verb):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"scheme": "int3"}, "int8.*Received: 'int3'"),
+        ({"scheme": "int3"}, "Rule for 'conv'.*int8.*Received: 'int3'"),
         ({"scheme": None}, "int8.*Received: None"),
         ({"scheme": kq.Scheme(weights=kq.Spec())}, "symmetric.*Received"),
         ({"scheme": kq.Scheme(activations=kq.Spec(bits=4))}, "Activations.*Received"),
@@ -467,10 +467,21 @@ FOUR_BITS = kq.Scheme("int4", weights=kq.Spec(bits=4, symmetric=True, per_channe
 
 
 def test_rules_that_match_nothing_warn():
-    with pytest.warns(UserWarning, match="cnov") as record:
+    with pytest.warns(UserWarning, match="cnov.*The layers are: .*conv") as record:
         qat = kq.quantize(small(), rules=[kq.Rule("cnov", FOUR_BITS), kq.Rule("conv", FOUR_BITS)])
     assert "'conv'" not in str(record[0].message)
     assert qat.get_layer("conv").weight_quantizer.spec.bits == 4
+
+
+@pytest.mark.parametrize("pattern", ["inner", "inner/*", "head", "head/*", "in*"])
+def test_rules_match_a_layer_and_what_is_in_it(pattern, recwarn):
+    """The last layer becomes "head/dense", and "inner" has its activation behind it as "inner/re_lu"."""
+    inputs = keras.Input((8,))
+    x = layers.Dense(4, activation="relu", name="inner")(inputs)
+    qat = kq.quantize(keras.Model(inputs, layers.Dense(3, name="head")(x)), rules=[kq.Rule(pattern, FOUR_BITS)])
+    bits = {layer.name: layer.weight_quantizer.spec.bits for layer in qat.layers if hasattr(layer, "weight_quantizer")}
+    assert [name.split(".")[0] for name, each in bits.items() if each == 4] == ["inner" if "in" in pattern else "head"]
+    assert not [w for w in recwarn if "rules" in str(w.message)]
 
 
 def test_first_matching_rule_wins(recwarn):

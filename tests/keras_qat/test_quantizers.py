@@ -131,6 +131,19 @@ def test_momentum_out_of_range_is_refused(momentum):
     assert str(momentum) in str(error.value)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("how", ["limits", "include"])
+def test_batches_that_are_not_finite_are_left_out(bad, how):
+    """A single one would spoil the range for good, though a callback skips its step."""
+    quantizer = built()
+    take_in = {"limits": lambda x: quantizer.limits(x, observe=True), "include": lambda x: quantizer.include(x, 0)}[how]
+    take_in(np.array([bad, 1.0], "float32"))
+    assert not quantizer.was_observed()
+    take_in(np.array([-2.0, 3.0], "float32"))
+    take_in(np.array([5.0, bad], "float32"))
+    np.testing.assert_array_equal(limits(quantizer), [-2, 3])
+
+
 @pytest.mark.parametrize("low, high", [(1, 2), (-2, -1), (0, 0), (2, -2), (float("nan"), 1.0), (0.0, float("nan"))])
 def test_fixed_refuses_what_is_no_range(low, high):
     with pytest.raises(ValueError, match="Received") as error:

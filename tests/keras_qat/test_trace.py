@@ -269,6 +269,23 @@ def test_inputs_may_be_given_for_a_model_that_never_saw_data():
     assert not problems and flat.input_shape == (None, 8, 8, 3)
 
 
+class TakesADict(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(2)
+
+    def call(self, inputs):
+        return self.dense(ops.concatenate([inputs["left"], inputs["right"]], axis=-1))
+
+
+def test_inputs_of_a_dict_have_its_keys_as_names():
+    model = TakesADict()
+    model({"left": np.ones((2, 3), "float32"), "right": np.ones((2, 4), "float32")})
+    flat, _ = flattened(model)
+    assert [tensor.name for tensor in flat.inputs] == ["left", "right"]
+    assert flat({"left": np.ones((2, 3)), "right": np.ones((2, 4))}).shape == (2, 2)
+
+
 class TwoOfAName(keras.Layer):
     """Sub-layers named alike, and one named as an operation of keras.ops is."""
 
