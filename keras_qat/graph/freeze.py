@@ -8,7 +8,7 @@ from keras import tree
 
 from keras_qat.graph.annotate import GONE, is_index, row_of_node
 from keras_qat.graph.emit.call import Call
-from keras_qat.graph.walk import input_names, nodes_of, output_names
+from keras_qat.graph.walk import input_names, nodes_of, output_names, path_of
 from keras_qat.layers import FakeQuant, Quantized, Rescale, require_qat
 from keras_qat.primitives import Constant, Slope
 from tflite_export import Op, Program, Tensor, with_io_types
@@ -72,7 +72,7 @@ def _require_finite(qat) -> None:
         for weight in layer.weights:
             if "seed" not in weight.path and not np.all(np.isfinite(np.asarray(weight, np.float32))):
                 raise ValueError(
-                    f"Layer {layer.name!r}: its {weight.path!r} holds NaN or infinite values, which no integer stands for. "
+                    f"Layer {path_of(layer)!r}: its {weight.path!r} holds NaN or infinite values, which no integer stands for. "
                     "Training has diverged: go back to a checkpoint, and lower the learning rate or clip gradients "
                     "(kq.callbacks.GradientClipping)."
                 )
