@@ -81,7 +81,12 @@ def export(
     samples = _random_inputs(qat) if verify_with is None else input_values(qat, _samples(verify_with))
     parity = tflite_export.verify(content, lambda x: qat.predict(as_called(qat, x), verbose=0), samples, runtimes)
     if not parity.passed:
-        raise ExportError(f"{path} was not written: the runtimes disagree with the QAT model.\n{parity}", parity)
+        raise ExportError(
+            f"{path} was not written: the runtimes disagree with the QAT model.\n{parity}\nTo see which layer is the first: "
+            "tflite_export.verify(tflite_export.write(kq.freeze(qat)), qat, x, per_layer=True). Outputs that are nearly tied "
+            "count too: train the model for some epochs before you judge it.",
+            parity,
+        )
     _write_atomically(path, content)
     return ExportReport(str(path), tflite_export.inspect(content), parity)
 

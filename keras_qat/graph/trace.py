@@ -31,7 +31,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[G
     Args:
         model: Any built Keras 3 model.
         is_primitive: `operation -> bool`.
-        lowering_of: `(operation, args, kwargs) -> callable or None`, see lower.py.
+        lowering_of: `(operation, args, kwargs) -> callable or None`, see lower/.
         inputs: A `keras.Input` (or a structure of them) for a model that does not know the shape of its own.
 
     Returns:
@@ -44,7 +44,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[G
         )
     inputs = _inputs_of(model) if inputs is None else inputs
     tracer = _Tracer(is_primitive, lowering_of)
-    tracer.problems += _dynamic_axes(inputs)
+    open_axes = _dynamic_axes(inputs)
     with _left_untouched(model), _batch_left_open_in_reshapes(), _rules_noted(tracer):
         outputs = tracer.open(model, (inputs,), {}, path="")
     tracer.warn_of_doubles()
@@ -54,7 +54,10 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[G
                 f"Model {model.name!r} returns something that does not depend on its inputs: {output!r}. Expected tensors made "
                 "of its inputs alone. Leave it out of what `call` returns."
             )
-    return Graph(inputs, outputs, model.name), tracer.problems
+    problems = tracer.problems
+    if open_axes:  # what has no form for lack of a size has one otherwise
+        problems = open_axes + [problem for problem in problems if problem.reason != _NO_FORM]
+    return Graph(inputs, outputs, model.name), problems
 
 
 def _inputs_of(model):
@@ -207,7 +210,8 @@ class _Tracer:
         return layer
 
     def _leave_closed(self, operation, args, kwargs, path, reason):
-        way_out = _instead_of(reason) or "Rebuild it from what keras_qat/OPERATIONS.md lists."
+        reason, _, way_out = reason.partition("\n")
+        way_out = way_out or _instead_of(reason) or "Rebuild it from what keras_qat/OPERATIONS.md lists."
         self.problems.append(Problem(path, type(operation).__name__, reason, way_out))
         stand_in = _Closed(operation, name=self._unique(path))
         return stand_in(*args, **kwargs)
@@ -349,6 +353,8 @@ def _join(path, name):
 
 
 def _why_closed(operation, error) -> str:
+    if _is_refusal(error):
+        return str(error).replace(". ", ".\n", 1)  # what it is, and the way out
     if type(operation).__module__.startswith("keras."):
         return _NO_FORM
     line = _line_of(error)
@@ -357,6 +363,14 @@ def _why_closed(operation, error) -> str:
     if "as a Python `bool`" in str(error) or "symbolic KerasTensor as a boolean" in str(error):
         return f"Its call decides by the data which way to go: {line}."
     return f"Its call cannot run on symbolic tensors: {type(error).__name__}: {_first_line(error)} In: {line}."
+
+
+def _is_refusal(error) -> bool:
+    """Whether a rule has said itself why not."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (
+        type(error) is ValueError and re.search(r"[/\\]graph[/\\]lower[/\\]\w+\.py$", frames[-1].filename) is not None
+    )
 
 
 def _line_of(error) -> str:

@@ -1,9 +1,11 @@
 """Recurrent layers and wrappers, unrolled: the same numbers, the same weights, and what is refused."""
 
+import keras
 import numpy as np
 import pytest
 from cases import inputs_for
 from cases_recurrent import RECURRENT
+from keras import layers
 
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.trace import trace
@@ -21,3 +23,17 @@ def test_unrolled_computes_the_same(case):
     model = case.one_op()
     x = inputs_for(model, 4)
     np.testing.assert_allclose(_flattened(model)(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer, reason, way_out",
+    [
+        (lambda: layers.LSTM(3, stateful=True), "It is stateful", "Build it with stateful=False"),
+        (lambda: layers.GRU(3), "a Masking layer, or Embedding", "Cut or pad the sequences"),
+    ],
+)
+def test_a_rule_says_itself_why_not(layer, reason, way_out):
+    inputs = keras.Input((5,), batch_size=2, dtype="int32")
+    words = layers.Embedding(9, 4, mask_zero="Masking" in reason)(inputs)
+    _, problems = trace(keras.Model(inputs, layer()(words)), lambda one: row_of(one) is not None, lowering_of)
+    assert reason in problems[-1].reason and problems[-1].way_out.startswith(way_out)
