@@ -42,7 +42,6 @@ def freeze(
         ValueError: if a range was never observed; the message names the layers.
     """
     _require_ranges(qat)
-    _require_finite(qat)
     program = Program(dynamic_batch=dynamic_batch, description=f"{qat.name}, quantized by keras_qat")
     freezer = _Freezer(program, portable)
     for tensor in qat.inputs:
@@ -65,17 +64,6 @@ def _require_ranges(qat) -> None:
             f"The ranges of {len(unseen)} tensors were never observed: {shown}. Train the model with fit, or run "
             "kq.calibrate(qat, data) first."
         )
-
-
-def _require_finite(qat) -> None:
-    for layer in qat.layers:
-        for weight in layer.weights:
-            if "seed" not in weight.path and not np.all(np.isfinite(np.asarray(weight, np.float32))):
-                raise ValueError(
-                    f"Layer {path_of(layer)!r}: its {weight.path!r} holds NaN or infinite values, which no integer stands for. "
-                    "Training has diverged: go back to a checkpoint, and lower the learning rate or clip gradients "
-                    "(kq.callbacks.GradientClipping)."
-                )
 
 
 @dataclasses.dataclass
@@ -201,8 +189,17 @@ class _Freezer:
         if isinstance(operation, (Quantized, Rescale, Slope)):
             scales = [self.program.tensors[name].scale[0] for name in (inputs[0], output)]
             weights = operation.integers(*[np.float32(scale) for scale in scales])
+            _require_finite(operation, weights)
             operation = getattr(operation, "layer", operation)
         row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights, self.portable))
+
+
+def _require_finite(layer, weights) -> None:
+    if isinstance(layer, Quantized) and not all(np.all(np.isfinite(one)) for one in (weights.kernel, weights.bias)):
+        raise ValueError(
+            f"Layer {path_of(layer)!r}: its weights hold NaN or infinite values, which no integer stands for. Training has "
+            "diverged: go back to a checkpoint, and lower the learning rate or clip gradients (kq.callbacks.GradientClipping)."
+        )
 
 
 def _data_inputs(node, kind: str):
