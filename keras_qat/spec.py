@@ -80,7 +80,9 @@ class Rule:
 
 def matches_path(pattern: str, path: str) -> bool:
     """Whether a pattern matches a path, or something that it is inside of."""
-    return any(fnmatch.fnmatchcase(path, each) for each in (pattern, f"{pattern}/*", pattern.removesuffix("/*")))
+    whole = pattern.removesuffix("/*")
+    names = (pattern, f"{pattern}/*") if whole == "*" else (pattern, f"{pattern}/*", whole)  # "*/*" is what is inside
+    return any(fnmatch.fnmatchcase(path, name) for name in names)
 
 
 def _scheme_of(rule: Rule) -> Scheme:

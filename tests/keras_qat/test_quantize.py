@@ -18,6 +18,7 @@ from models import STYLES
 import keras_qat as kq
 import tflite_export
 from keras_qat.layers import FakeQuant
+from keras_qat.spec import matches_path
 
 SHAPE = (8, 8, 3)
 
@@ -482,6 +483,20 @@ def test_rules_match_a_layer_and_what_is_in_it(pattern, recwarn):
     bits = {layer.name: layer.weight_quantizer.spec.bits for layer in qat.layers if hasattr(layer, "weight_quantizer")}
     assert [name.split(".")[0] for name, each in bits.items() if each == 4] == ["inner" if "in" in pattern else "head"]
     assert not [w for w in recwarn if "rules" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    "pattern, matched",
+    [
+        ("head", {"head", "head/dense"}),
+        ("head/*", {"head", "head/dense"}),
+        ("*/*", {"head/dense"}),
+        ("*", {"head", "head/dense", "heads"}),
+        ("head?", {"heads"}),
+    ],
+)
+def test_what_patterns_match(pattern, matched):
+    assert {path for path in ("head", "head/dense", "heads") if matches_path(pattern, path)} == matched
 
 
 def test_first_matching_rule_wins(recwarn):
