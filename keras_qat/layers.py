@@ -85,24 +85,22 @@ class FakeQuant(keras.layers.Layer):
             The rounded tensor and the scale.
         """
         if peek:
-            low, high = numerics.widen(*self.quantizer.known_limits())
-            return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
+            return x, numerics.grid(*self.quantizer.known_limits(), self.spec)[2]
         x = ops.cast(x, "float32")
         if _calibrating.get():
             if observe and self.quantizer.observes:
                 self.quantizer.include(x, site)
-            low, high = numerics.widen(*self.quantizer.limits(x, site))
-            return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
+            return x, numerics.grid(*self.quantizer.limits(x, site), self.spec)[2]
         if training and self.frozen:
-            low, high = numerics.widen(*self.quantizer.known_limits())
+            limits = self.quantizer.known_limits()
         else:
-            low, high = numerics.widen(*self.quantizer.limits(x, site, observe=bool(training) and observe))
+            limits = self.quantizer.limits(x, site, observe=bool(training) and observe)
+        low, high, scale = numerics.grid(*limits, self.spec)
         if not self.rounds:
-            return x, numerics.scale_and_zero_point(low, high, self.spec)[0]
+            return x, scale
         if factors is not None:
-            low, high, quarter_step = self._snapped(low, high, factors, constant, count)
+            low, high, scale, quarter_step = self._snapped(low, high, factors, constant, count)
             x = x + quarter_step * ops.stop_gradient(ops.sign(x))
-        scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
         if training and not self.in_training:
             return x, scale
         if rounding in ("away", "up"):
@@ -112,18 +110,14 @@ class FakeQuant(keras.layers.Layer):
         return numerics.fake_quant(x, low, high, self.spec, nonnegative, precise), scale
 
     def _snapped(self, low, high, factors, constant, count):
-        """The range made a little wider for the kernels, and the quarter of a step that decides ties (see `Quantized`)."""
         step = constant * math.prod(factors[1:], start=factors[0])
-        scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
-        moved_step, moved = numerics.snap_to_kernels(step, scale, numerics.FEWEST_STEPS, "down", count)
-        ratio = step / moved_step
-        return low * ratio, high * ratio, 0.25 * step * moved
+        return numerics.snapped_grid(low, high, self.spec, step, count)
 
     def parameters(self, factors=None, constant=1.0, count=1) -> tuple[float, int]:
         """The scale and the zero point as the file gets them."""
         low, high = numerics.widen(*[np.float32(limit) for limit in self.quantizer.known_limits()])
         if factors is not None:
-            low, high, _ = self._snapped(low, high, [np.float32(factor) for factor in factors], constant, count)
+            low, high, *_ = self._snapped(low, high, [np.float32(factor) for factor in factors], constant, count)
         return numerics.scale_and_zero_point(low, high, self.spec)
 
     def compute_output_spec(self, x, **kwargs):

@@ -4,14 +4,16 @@ Everything here is a pure function. The functions on tensors work in float32 exa
 that the integers `freeze` writes are those that training saw.
 """
 
+import functools
 import math
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_qat.arrays import ops, read_as
+from keras_qat.arrays import is_numpy, ops, read_as
 from keras_qat.spec import Spec
+from keras_qat.traced_once import traced_once
 
 # Ranges narrower than this (a dead layer, a constant zero) are widened to it. It keeps scales positive, and above the
 # 2^-26 below which the SOFTMAX of TFLM and of LiteRT's reference kernels aborts the process.
@@ -28,6 +30,7 @@ def widen(low, high):
     return low, ops.maximum(high, low + SMALLEST_SPAN)
 
 
+@traced_once
 def scale_and_zero_point(low, high, spec: Spec):
     """The grid on which TensorFlow's fake quantization kernel puts values of the range `low..high`.
 
@@ -55,6 +58,33 @@ def scale_and_zero_point(low, high, spec: Spec):
     # In float64, because graphs turn a float32 division by a constant into a multiplication, whose last bit differs.
     scale = ops.cast(ops.cast(high - low, "float64") / float(steps), "float32")
     return scale, ops.clip(ops.floor(-low / scale + 0.5), 0, steps) + spec.qmin
+
+
+@traced_once
+def grid(low, high, spec: Spec):
+    """Returns a range, widened, and the scale of its grid: `(low, high, scale)`."""
+    low, high = widen(low, high)
+    return low, high, scale_and_zero_point(low, high, spec)[0]
+
+
+@traced_once
+def snapped_grid(low, high, spec: Spec, step, count: int = 1):
+    """A range made a little wider, to where all kernels round what they write there alike (see `snap_to_kernels`).
+
+    Args:
+        low, high: A range, widened.
+        spec: The bits.
+        step: The real value of one step of the accumulator.
+        count: How many values a mean is over.
+
+    Returns:
+        `(low, high, scale, quarter_step)`, the last one being what decides ties (see `Quantized`), or zero.
+    """
+    scale, _ = scale_and_zero_point(low, high, spec)
+    moved_step, moved = snap_to_kernels(step, scale, FEWEST_STEPS, "down", count)
+    ratio = step / moved_step
+    low, high = low * ratio, high * ratio
+    return low, high, scale_and_zero_point(low, high, spec)[0], 0.25 * step * moved
 
 
 def fake_quant(x, low, high, spec: Spec, nonnegative: bool = False, precise: bool = False):
@@ -122,6 +152,7 @@ def levels_of(spec: Spec) -> np.ndarray:
     return np.array([spec.qmax, 1.0 / spec.qmax], np.float32)
 
 
+@traced_once
 def weight_scale(weights, spec: Spec, channel_axes: tuple[int, ...], levels=None):
     """`max|w| / qmax` per output channel (or per tensor), with a floor for channels without any weight.
 
@@ -162,6 +193,7 @@ def fake_quant_weights(weights, scale, spec: Spec, levels=None):
     return straight_through(weights)
 
 
+@traced_once
 def accumulator_step(input_scale, scale, multiplier, bias):
     """The real value of one step of a kernel's int32 accumulator, per channel: `|s_in · s_w · multiplier|`.
 
@@ -182,6 +214,7 @@ MOST_STEPS = 8192.0  # with more steps of the accumulator to one of the output, 
 FEWEST_STEPS = 6.0  # the smallest even number with room below the next power of two, after 2
 
 
+@traced_once
 def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1):
     """Moves the accumulator's step a little, to where all kernels round alike.
 
@@ -214,14 +247,9 @@ def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1
 def kernel_divisor(wanted, fewest: float, move: str, count: int = 1):
     """The even number D next to `wanted` with which all kernels round alike (see `snap_to_kernels`)."""
     wanted = ops.clip(wanted, max(fewest, _smallest_divisor(count)), MOST_STEPS)
-    even = 2.0 * ops.floor(0.5 * wanted)
-    power = _next_power_of_two(even)
-    below = ops.minimum(even, _highest_below(power))
-    below = ops.where(below < _lowest_above(power, count), _highest_below(0.5 * power), below)
+    below, above = (table[wanted] for table in _divisors(count))
     if move == "up":
         return below
-    octave = _next_power_of_two(below)
-    above = ops.where(below + 2.0 > _highest_below(octave), _lowest_above(2.0 * octave, count), below + 2.0)
     if move == "down":
         return ops.where(wanted > below, above, below)
     return ops.where(wanted * wanted > below * above, above, below)
@@ -229,8 +257,47 @@ def kernel_divisor(wanted, fewest: float, move: str, count: int = 1):
 
 def one_part_of(divisor):
     """`(1 + e) / D` with the hair e that lifts ties above the half."""
+    return _parts()[divisor]
+
+
+class _Table:
+    """A number for each even one, `table[x]` that for the largest one not above x. Looked up, for arrays and for tensors.
+
+    Computed anew wherever a layer asks it would be most of the operations of an unrolled recurrent layer.
+    """
+
+    def __init__(self, values: np.ndarray):
+        self.values = values.astype("float32")
+
+    @functools.cached_property
+    def _tensor(self):
+        with tf.init_scope():  # one for all graphs, which read it like a variable
+            return tf.constant(self.values)
+
+    def __getitem__(self, x):
+        index = ops.cast(ops.where(x >= 0, 0.5 * x, 0.0), "int32")  # that of NaN is 0
+        return self.values[index] if is_numpy(index) else tf.gather(self._tensor, index)
+
+
+@functools.cache
+def _divisors(count: int) -> tuple[_Table, _Table]:
+    """For each even number up to `MOST_STEPS` the next D below (or the number itself), and the next one above that."""
+    even = np.arange(0.0, MOST_STEPS + 1.0, 2.0, dtype="float32")
+    power = _next_power_of_two(even)
+    below = np.minimum(even, _highest_below(power))
+    below = np.where(below < _lowest_above(power, count), _highest_below(0.5 * power), below)
+    octave = _next_power_of_two(below)
+    above = np.where(below + 2.0 > _highest_below(octave), _lowest_above(2.0 * octave, count), below + 2.0)
+    return _Table(below), _Table(above)
+
+
+@functools.cache
+def _parts() -> _Table:
+    """`one_part_of` every even number."""
+    divisor = np.arange(2.0, 2.0 * MOST_STEPS + 1.0, 2.0, dtype="float32")
     distance = 1.0 / divisor - 1.0 / _next_power_of_two(divisor)
-    return (1.0 + ops.maximum(0.5 * distance / 255.5, _SMALLEST_HAIR)) / divisor
+    parts = (1.0 + np.maximum(0.5 * distance / 255.5, _SMALLEST_HAIR)) / divisor
+    return _Table(np.concatenate([parts[:1], parts]))
 
 
 def has_divisors(count: int) -> bool:
@@ -252,21 +319,21 @@ def _smallest_divisor(count: int) -> float:
     return next(low for p in octaves if (low := 2.0 * math.ceil(0.51 * share * p)) <= 2.0 * math.floor(0.475 * p))
 
 
-def _next_power_of_two(x):
-    return ops.power(2.0, ops.ceil(ops.log2(x) - 1e-6))
+def _next_power_of_two(x: np.ndarray) -> np.ndarray:
+    return np.exp2(np.ceil(np.log2(np.maximum(x, 1.0)))).astype("float32")
 
 
-def _highest_below(power):
+def _highest_below(power: np.ndarray) -> np.ndarray:
     """The highest even number that keeps its distance from a power of two."""
-    return 2.0 * ops.floor(0.475 * power)
+    return 2.0 * np.floor(0.475 * power)
 
 
-def _lowest_above(power, count: int):
+def _lowest_above(power: np.ndarray, count: int) -> np.ndarray:
     """The lowest even number in the octave that ends at `power`."""
     share = _share_of_octave(count)
     if share == 0.5:
         return 0.5 * power + 2.0
-    return 2.0 * ops.ceil(0.51 * share * power)
+    return 2.0 * np.ceil(0.51 * share * power)
 
 
 def batch_norm_multiplier_and_offset(batch_norm: keras.layers.BatchNormalization, like=None):

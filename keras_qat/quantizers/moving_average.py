@@ -1,7 +1,10 @@
 """Activations: the range of the batches seen so far, recent ones counting more."""
 
 import keras
+import numpy as np
 from keras import ops
+
+from keras_qat.traced_once import traced_once
 
 
 @keras.saving.register_keras_serializable("keras_qat")
@@ -31,60 +34,79 @@ class MovingAverage(keras.layers.Layer):
         self.nonnegative = tuple(nonnegative) or (False,) * sites
 
     def build(self, input_shape=None):
-        # Lowest value, highest value, number of batches. In one variable, because a large model has hundreds of sites;
-        # float32 under every dtype policy, because a range in half precision would move the grid.
+        # A row for each site: lowest value, highest value, number of batches. In one variable, because a large model has
+        # hundreds of sites; float32 under every dtype policy, because a range in half precision would move the grid.
         options = {"initializer": "zeros", "trainable": False, "dtype": "float32", "autocast": False}
-        self.seen = [self.add_weight(name=f"seen_{site}", shape=(3,), **options) for site in range(self.sites)]
+        self.seen = self.add_weight(name="seen", shape=(self.sites, 3), **options)
 
     def limits(self, x, site=0, observe=False):
         """Returns `(low, high)`, having taken in `x` first if it is to `observe`."""
+        x = ops.stop_gradient(x)
         if observe:
-            self._take_in(self._range_of(x, site), site)
-            return self.known_limits()
+            ends = _ends_of(x, self.nonnegative[site])
+            seen, low, high = _moved(self.seen.value, *ends, self.momentum, self._row_of(site))
+            self.seen.assign(seen)
+            return low, high
         # Before anything was observed a batch is quantized by its own range, so that a fresh model predicts something.
-        return ops.unstack(
-            ops.cond(
-                self.seen[site][2] > 0,
-                lambda: ops.stack(self.known_limits()),
-                lambda: ops.stack(ops.unstack(self._range_of(x, site))),
-            )
-        )
+        return _known_or_own(self.seen.value, x, self._row_of(site), self.nonnegative[site])
 
     def include(self, x, site: int) -> None:
         """Widens the range of a site so that it holds all of `x` (calibration by minimum and maximum)."""
-        batch, (low, high, count) = self._range_of(x, site), ops.unstack(self.seen[site].value)
-        wider = ops.stack([ops.minimum(low, batch[0]), ops.maximum(high, batch[1]), count + 1.0])
-        self.seen[site].assign(ops.where(_is_finite(batch), wider, self.seen[site].value))
+        low, high = _with_zero(*_ends_of(x, self.nonnegative[site]))
+        row, seen = self._row_of(site), self.seen.value
+        old_low, old_high, _ = ops.unstack(ops.sum(row * seen, axis=0))
+        wider = ops.stack([ops.minimum(low - old_low, 0.0), ops.maximum(high - old_high, 0.0), 1.0])
+        self.seen.assign(seen + ops.where(_are_finite(low, high), row * wider, 0.0))
 
     def forget(self) -> None:
         """Goes back to the state before the first batch."""
-        for variable in self.seen:
-            variable.assign(ops.zeros_like(variable))
+        self.seen.assign(ops.zeros_like(self.seen))
 
     def was_observed(self) -> bool:
-        return all(ops.convert_to_numpy(variable)[2] > 0 for variable in self.seen)
-
-    def _range_of(self, x, site):
-        low = ops.zeros(()) if self.nonnegative[site] else ops.min(x)
-        return ops.stop_gradient(ops.stack([ops.minimum(low, 0.0), ops.maximum(ops.max(x), 0.0)]))
-
-    def _take_in(self, batch, site):
-        low, high, count = ops.unstack(self.seen[site].value)
-        rate = ops.maximum(1.0 - self.momentum, 1.0 / (count + 1.0))
-        step = ops.stack([(batch[0] - low) * rate, (batch[1] - high) * rate, 1.0])
-        self.seen[site].assign_add(ops.where(_is_finite(batch), step, 0.0))
+        return bool((ops.convert_to_numpy(self.seen)[:, 2] > 0).all())
 
     def known_limits(self):
         """The range as observed so far: the union over the sites."""
-        if self.sites == 1:
-            return ops.unstack(self.seen[0].value)[:2]
-        lows, highs, _ = ops.unstack(ops.stack([variable.value for variable in self.seen]), axis=1)
-        return ops.min(lows), ops.max(highs)
+        return _union(self.seen.value)
+
+    def _row_of(self, site):
+        """1 in the row of this site, 0 in the others."""
+        return ops.convert_to_tensor(np.eye(self.sites, dtype="float32")[:, site : site + 1])
 
     def get_config(self):
         config = {"momentum": self.momentum, "sites": self.sites, "nonnegative": self.nonnegative}
         return {**super().get_config(), **config}
 
 
-def _is_finite(batch):
-    return ops.all(ops.isfinite(batch))
+def _ends_of(x, nonnegative):
+    return 0.0 if nonnegative else ops.min(x), ops.max(x)
+
+
+def _with_zero(lowest, highest):
+    return ops.minimum(lowest, 0.0), ops.maximum(highest, 0.0)
+
+
+def _are_finite(low, high):
+    return ops.logical_and(ops.isfinite(low), ops.isfinite(high))
+
+
+@traced_once
+def _moved(seen, lowest, highest, momentum, row):
+    """`seen` after one more batch at the site of this row, and the range that this makes."""
+    batch_low, batch_high = _with_zero(lowest, highest)
+    low, high, count = ops.unstack(ops.sum(row * seen, axis=0))
+    rate = ops.maximum(1.0 - momentum, 1.0 / (count + 1.0))
+    step = ops.stack([(batch_low - low) * rate, (batch_high - high) * rate, 1.0])
+    seen = seen + ops.where(_are_finite(batch_low, batch_high), row * step, 0.0)
+    return seen, *_union(seen)
+
+
+@traced_once
+def _union(seen):
+    return ops.min(seen[:, 0]), ops.max(seen[:, 1])
+
+
+@traced_once
+def _known_or_own(seen, x, row, nonnegative):
+    was_observed = ops.sum(row * seen, axis=0)[2] > 0
+    return ops.cond(was_observed, lambda: _union(seen), lambda: _with_zero(*_ends_of(x, nonnegative)))

@@ -149,7 +149,7 @@ def test_ranges_are_observed_before_the_start():
     qat = compiled()
     with pytest.warns(UserWarning, match=r"ends at step 20, .* at step 1000"):
         fit(qat, QuantizationSchedule(1000))
-    assert all(layer.quantizer.seen[0][2] == 20 for layer in qat.layers if isinstance(layer, FakeQuant))
+    assert all(layer.quantizer.seen[0, 2] == 20 for layer in qat.layers if isinstance(layer, FakeQuant))
     low, high = qat.get_layer("head.dense.range").quantizer.known_limits()
     y = net()(X)
     assert low < float(ops.max(y)) and high > float(ops.min(y))
@@ -276,7 +276,7 @@ def test_schedules_can_be_joined_and_count_epochs():
     found = list(1 + np.log2(traces.bits[:20] + 1))
     assert found == [8] * 5 + [5] * 5 + [4] * 10
     assert list(np.asarray(traces.rounding[:20])).index(1.0) == 2
-    assert qat.get_layer("head.dense.range").frozen and qat.get_layer("head.dense.range").quantizer.seen[0][2] == 10
+    assert qat.get_layer("head.dense.range").frozen and qat.get_layer("head.dense.range").quantizer.seen[0, 2] == 10
 
 
 # --- several fits, several callbacks ---------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def test_together_with_clipping_and_pruning(order, mode):
     assert {"grad_norm", "clipped", "sparsity", "weight_bits"} <= set(history)
     assert history["sparsity"][-1] == pytest.approx(0.5, abs=0.01) and history["weight_bits"][-1] == 4
     assert np.mean(qat.get_layer("conv").layer.kernel == 0) == pytest.approx(0.5, abs=0.01)
-    assert qat.get_layer("head.dense.range").quantizer.seen[0][2] == 8
+    assert qat.get_layer("head.dense.range").quantizer.seen[0, 2] == 8
     kernel = next(t.data for t in kq.freeze(qat).tensors.values() if t.is_constant and len(t.shape) == 4)
     assert np.abs(kernel).max() == 7 and np.mean(kernel == 0) >= 0.5
 
