@@ -43,11 +43,12 @@ _BURST = 0.05  # seconds that one file runs before it is the other one's turn
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A float model, and the range of the noise it is calibrated with."""
+    """A float model, the range of the noise it is calibrated with, and rules for `kq.quantize`."""
 
     build: Callable[[], keras.Model]
     low: float = -1.0
     high: float = 1.0
+    rules: tuple[kq.Rule, ...] = ()
 
 
 def _application(name: str, high: float = 1.0) -> Network:
@@ -56,6 +57,9 @@ def _application(name: str, high: float = 1.0) -> Network:
     return Network(lambda: build(input_shape=shape, weights=None, classes=_CLASSES), 0.0 if high > 1 else -1.0, high)
 
 
+# Batch norms that stand alone as MUL and ADD: an op more each, and less arena.
+_PER_TENSOR = kq.Scheme(weights=kq.Spec(symmetric=True, per_channel=False))
+_NORMS_PER_TENSOR = (kq.Rule("*bn*", _PER_TENSOR),)
 _PIXELS = 255.0  # these rescale pixels themselves
 MODELS = {
     **{
@@ -68,6 +72,10 @@ MODELS = {
     **{
         name: _application(name, _PIXELS)
         for name in ("MobileNetV3Small", "MobileNetV3Large", "EfficientNetB0", "EfficientNetV2B0", "ConvNeXtTiny")
+    },
+    **{
+        f"{name}, MUL + ADD": dataclasses.replace(_application(name), rules=_NORMS_PER_TENSOR)
+        for name in ("ResNet50V2", "DenseNet121", "NASNetMobile")
     },
     **{name: Network(lambda net=net: net.build(keras)) for name, net in NETS.items()},
     **{name: Network(style) for name, style in STYLES.items()},
@@ -117,7 +125,7 @@ def measure(name: str, rounds: int) -> tuple[File, File]:
     inputs = model.inputs if hasattr(model, "inputs") else kq.quantize(model).inputs
     shapes = [(_SAMPLES, *x.shape[1:]) for x in inputs]
     samples = [generator.uniform(network.low, network.high, shape).astype("float32") for shape in shapes]
-    files = [_file(_ours, model, samples), _file(_theirs, model, samples)]
+    files = [_file(lambda *args: _ours(*args, network.rules), model, samples), _file(_theirs, model, samples)]
     _take_turns([file for file in files if not file.reason], rounds)
     return tuple(dataclasses.replace(file, content=b"") for file in files)
 
@@ -130,10 +138,10 @@ def _file(make: Callable, model: keras.Model, samples: list[np.ndarray]) -> File
     return File(content, seconds, tflite_export.inspect(content).op_counts, [], *_arena(content))
 
 
-def _ours(model: keras.Model, samples: list[np.ndarray]) -> tuple[bytes, float]:
+def _ours(model: keras.Model, samples: list[np.ndarray], rules: tuple[kq.Rule, ...]) -> tuple[bytes, float]:
     """The file, and the seconds of quantize, freeze and write."""
     start = time.perf_counter()
-    qat = kq.quantize(model)
+    qat = kq.quantize(model, rules=rules)
     seconds = time.perf_counter() - start
     kq.calibrate(qat, keras.tree.pack_sequence_as(qat._inputs_struct, samples))
     start = time.perf_counter()

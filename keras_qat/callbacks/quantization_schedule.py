@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_qat.callbacks.train_function import StepCallback, TrainFunction, replaced
+from keras_qat.batch_norms import OfStatistics
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, require_qat
 from keras_qat.primitives import InFloat
 from keras_qat.schedules import Schedule, of_bits
@@ -165,8 +166,9 @@ class QuantizationSchedule(StepCallback):
             self._require_ranges()
         for layer in self._layers(FakeQuant):
             layer.frozen = stage.frozen_ranges
-        for layer in self._layers(Quantized, InFloat):
-            layer.frozen_statistics = stage.frozen_statistics and layer.batch_norm is not None
+        for layer in self._layers(Quantized, InFloat, OfStatistics):
+            has_statistics = getattr(layer, "batch_norm", layer) is not None
+            layer.frozen_statistics = stage.frozen_statistics and has_statistics
         self._in_float = [] if stage.rounds else self._layers(FakeQuant, GridLayer)
         self._stage = stage
 

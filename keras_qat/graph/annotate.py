@@ -8,7 +8,7 @@ from keras import tree
 from keras_qat.graph.walk import Graph, Reused, connect, fresh_inputs, nodes_of, producers_of, rebuild
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale
 from keras_qat.operations import row_of
-from keras_qat.primitives import Clamp, Constant, Pointwise
+from keras_qat.primitives import Clamp, Pointwise
 from keras_qat.quantizers import Fixed, MovingAverage
 from tflite_export.program import unique_name
 
@@ -327,7 +327,7 @@ class _Annotator:
         else:
             result = self.reused.call(node, args, kwargs)
         self.scale_of[id(result)] = next(iter(scales), None)
-        if isinstance(node.operation, (Constant, Pointwise)):
+        if isinstance(node.operation, Pointwise) or self.plan.kinds[id(node)] == "constant":
             self.given.add(id(result))
         return self._behind(node.outputs[0], result)
 

@@ -10,7 +10,7 @@ from keras_qat.graph.annotate import GONE, is_index, row_of_node
 from keras_qat.graph.emit.call import Call
 from keras_qat.graph.walk import input_names, nodes_of, output_names, path_of
 from keras_qat.layers import FakeQuant, Quantized, Rescale, require_qat
-from keras_qat.primitives import Constant, Slope
+from keras_qat.primitives import Slope
 from tflite_export import Op, Program, Tensor, with_io_types
 from tflite_export.garbage import garbage_left
 from tflite_export.optimize import optimize
@@ -147,11 +147,9 @@ class _Freezer:
         """A FakeQuant: whatever is pending in front of it is written to a tensor of its grid."""
         scale, zero_point = node.operation.parameters(**self._product(node))
         value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
-        shape = (
-            like.shape
-            if isinstance(getattr(getattr(value, "node", None), "operation", None), Constant)
-            else (1, *like.shape[1:])
-        )
+        made_by = getattr(value, "node", None)
+        is_constant = made_by is not None and row_of_node(made_by).range_kind(made_by) == "constant"
+        shape = like.shape if is_constant else (1, *like.shape[1:])
         name = value.name if isinstance(value, _Pending) else f"{value}/integers"
         dtype = "int16" if node.operation.spec.bits == 16 else "int8"
         tensor = self.program.add(Tensor(name, shape, dtype, scale=(float(scale),), zero_point=zero_point))

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_qat.batch_norms import multiplied_and_added
 from keras_qat.graph.probabilities import refine_probabilities
 from keras_qat.graph.walk import (
     Graph,
@@ -166,6 +167,8 @@ def _wrap_weights(model, rules, input_scalings):
             return Rescale(operation.scalars[0], name=operation.name)(args[0])
         if not _has_weights(operation):
             return reused.call(node, args, kwargs)
+        if key_of(operation) == "BatchNormalization" and not _has_scales_per_channel(operation, rules):
+            return multiplied_and_added(operation, args[0], kwargs.get("training"))
         norm_node = norm_of.get(id(operation))
         if id(operation) not in wrapped:
             norm = norm_node and norm_node.operation
@@ -189,6 +192,10 @@ def _has_weights(operation) -> bool:
     if isinstance(operation, ChannelScale) and operation.is_one_number:
         return False  # an ADD
     return row is not None and (bool(row.channels) or key_of(operation) == "BatchNormalization")
+
+
+def _has_scales_per_channel(norm, rules) -> bool:
+    return rules.scheme_of(path_of(norm)).weights.per_channel
 
 
 def _foldable_norms(model, rules) -> dict[int, object]:

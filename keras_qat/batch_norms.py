@@ -1,0 +1,130 @@
+"""A batch norm that stands alone, with one scale for all of its channels: MUL by one constant and ADD of another.
+
+`x · m + (beta - mean(x · m))` with `m = gamma / sqrt(variance(x) + epsilon)`. The depthwise convolution that such a norm is
+otherwise has a scale for each channel, and one op less; but TensorFlow Lite Micro keeps 8 bytes of arena for each of them.
+"""
+
+import keras
+from keras import ops
+
+_GAMMA, _BETA = "gamma", "beta"
+
+
+class OfStatistics(keras.layers.Layer):
+    """A number for each channel: of the batch in training, of the moving average at inference and in the file.
+
+    Args:
+        learned: Whether gamma (or beta) is learned too.
+        momentum: Of the moving average.
+        regularizer, constraint: Of what is learned.
+        frozen_statistics: The moving average counts in training too, and stays as it is (see `Quantized`).
+    """
+
+    weight_name = statistic_name = None
+
+    def __init__(
+        self, learned=True, momentum=0.99, regularizer=None, constraint=None, frozen_statistics=False, **kwargs
+    ):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.learned, self.momentum, self.frozen_statistics = learned, momentum, frozen_statistics
+        self.regularizer, self.constraint = keras.regularizers.get(regularizer), keras.constraints.get(constraint)
+
+    def build(self, input_shape):
+        shape, first = (input_shape[-1],), "ones" if self.weight_name == _GAMMA else "zeros"
+        if self.learned:
+            options = {"regularizer": self.regularizer, "constraint": self.constraint}
+            self.weight = self.add_weight(name=self.weight_name, shape=shape, initializer=first, **options)
+        self.moving = self.add_weight(name=self.statistic_name, shape=shape, initializer=first, trainable=False)
+
+    def call(self, x, training=None):
+        if not (training and self.trainable) or self.frozen_statistics:
+            return self.value
+        statistic = self._of_batch(x)
+        self.moving.assign(self.moving * self.momentum + statistic * (1.0 - self.momentum))
+        return self._number(statistic)
+
+    @property
+    def value(self):
+        """What the file gets."""
+        return self._number(ops.convert_to_tensor(self.moving))
+
+    def compute_output_spec(self, x, **kwargs):
+        return keras.KerasTensor((x.shape[-1],), "float32")
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "learned": self.learned,
+            "momentum": self.momentum,
+            "frozen_statistics": self.frozen_statistics,
+            "regularizer": keras.regularizers.serialize(self.regularizer),
+            "constraint": keras.constraints.serialize(self.constraint),
+        }
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class NormMultiplier(OfStatistics):
+    """`gamma / sqrt(variance + epsilon)`."""
+
+    weight_name, statistic_name = _GAMMA, "moving_variance"
+
+    def __init__(self, epsilon=1e-3, **kwargs):
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def _of_batch(self, x):
+        return ops.var(x, axis=tuple(range(len(x.shape) - 1)))
+
+    def _number(self, variance):
+        inverse = ops.rsqrt(variance + self.epsilon)
+        return inverse * self.weight if self.learned else inverse
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
+class NormOffset(OfStatistics):
+    """`beta - mean` of what was multiplied."""
+
+    weight_name, statistic_name = _BETA, "moving_mean"
+
+    def _of_batch(self, x):
+        return ops.mean(x, axis=tuple(range(len(x.shape) - 1)))
+
+    def _number(self, mean):
+        return self.weight - mean if self.learned else -mean
+
+
+def multiplied_and_added(norm: keras.layers.BatchNormalization, x, training: bool | None):
+    """What a batch norm makes of a symbolic tensor, in the layers above."""
+    call = {} if training is None else {"training": training}
+    common = {"momentum": norm.momentum, "trainable": norm.trainable}
+    factor = NormMultiplier(
+        norm.epsilon,
+        learned=norm.scale,
+        regularizer=norm.gamma_regularizer,
+        constraint=norm.gamma_constraint,
+        name=f"{norm.name}.multiplier",
+        **common,
+    )
+    multiplier = factor(x, **call)
+    factor.moving.assign(norm.moving_variance)
+    if norm.scale:
+        factor.weight.assign(norm.gamma)
+    product = ops.multiply(x, multiplier)
+    product._keras_history.operation.name = f"{norm.name}.product"
+    addend = NormOffset(
+        learned=norm.center,
+        regularizer=norm.beta_regularizer,
+        constraint=norm.beta_constraint,
+        name=f"{norm.name}.offset",
+        **common,
+    )
+    offset = addend(product, **call)
+    addend.moving.assign(ops.convert_to_tensor(norm.moving_mean) * factor.value)
+    if norm.center:
+        addend.weight.assign(norm.beta)
+    result = ops.add(product, offset)
+    result._keras_history.operation.name = norm.name
+    return result

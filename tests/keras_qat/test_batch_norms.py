@@ -1,0 +1,118 @@
+"""Batch norms that stand alone with one scale for all channels: MUL and ADD, which learn as Keras's layer does."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_qat as kq
+import tflite_export
+from keras_qat.batch_norms import NormMultiplier, NormOffset, multiplied_and_added
+
+PER_TENSOR = kq.Scheme(weights=kq.Spec(symmetric=True, per_channel=False))
+RULES = [kq.Rule("norm", PER_TENSOR)]
+
+
+def images(size=6, channels=5, count=32):
+    generator = np.random.default_rng(0)
+    spread = generator.uniform(0.5, 2.0, channels)
+    return (generator.normal(0.3, spread, (count, size, size, channels))).astype("float32")
+
+
+def lively(**options):
+    """A batch norm that is not what it begins as."""
+    norm = layers.BatchNormalization(name="norm", **options)
+    norm.build((None, 6, 6, 5))
+    generator = np.random.default_rng(1)
+    for variable in norm.variables:
+        variable.assign(generator.uniform(0.5, 1.5, variable.shape))
+    return norm
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale": False}, {"center": False}, {"momentum": 0.5, "epsilon": 0.1}, {"trainable": False}],
+    ids=str,
+)
+def test_they_compute_what_keras_computes(options, training):
+    norm, inputs = lively(**options), keras.Input((6, 6, 5))
+    parts = keras.Model(inputs, multiplied_and_added(norm, inputs, None))
+    for _ in range(2 if training else 1):  # the second time on other moving averages
+        expected, found = norm(images(), training=training), parts(images(), training=training)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    # Both averages are on their way to the batch's. That of the product's mean moves with the multiplier, too.
+    multiplier = parts.get_layer("norm.multiplier")
+    np.testing.assert_allclose(multiplier.moving, norm.moving_variance, rtol=1e-5)
+    if not training:
+        offset = parts.get_layer("norm.offset")
+        np.testing.assert_allclose(offset.moving, np.asarray(norm.moving_mean) * multiplier.value, rtol=1e-5)
+
+
+def test_regularizers_and_constraints_live_on():
+    options = {"gamma_regularizer": "l2", "beta_regularizer": keras.regularizers.L1(0.1), "gamma_constraint": "non_neg"}
+    norm, inputs = lively(**options), keras.Input((6, 6, 5))
+    parts = keras.Model(inputs, multiplied_and_added(norm, inputs, None))
+    np.testing.assert_allclose(sum(parts.losses), sum(norm.losses), rtol=1e-6)
+    assert isinstance(parts.get_layer("norm.multiplier").weight.constraint, keras.constraints.NonNeg)
+
+
+def net(channels=5):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6, 6, channels))
+    x = layers.ReLU()(layers.BatchNormalization(name="norm")(inputs))
+    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(layers.Conv2D(4, 3)(x))))
+
+
+def test_from_training_to_the_runtimes(tmp_path):
+    x = images(count=64)
+    qat = kq.quantize(net(), rules=RULES)
+    qat.compile("adam", "mse")
+    losses = qat.fit(x, x.mean((1, 2))[:, :3], epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.models.load_model(tmp_path / "qat.keras")
+    assert np.array_equal(loaded.predict(x, verbose=0), qat.predict(x, verbose=0))
+    report = kq.export(loaded, tmp_path / "model.tflite", x)
+    assert report.parity.mismatch == 0, report
+    assert report.summary.is_full_int8 and [op.kind for op in report.summary.ops][:3] == ["MUL", "ADD", "CONV_2D"]
+
+
+def test_arena_is_smaller_by_eight_bytes_a_channel(tmp_path):
+    x, arenas = images(channels=256, count=8), []
+    for rules in ([], RULES):
+        qat = kq.calibrate(kq.quantize(net(256), rules=rules), x)
+        arenas.append(kq.export(qat, tmp_path / "model.tflite", x, runtimes=("tflm",)).parity.arena_bytes)
+    assert arenas[0] - arenas[1] > 6 * 256, arenas
+
+
+def test_frozen_statistics_stay_and_gamma_goes_on_learning():
+    x = images(count=64)
+    qat = kq.quantize(net(), rules=RULES)
+    qat.compile("adam", "mse")
+    y = x.mean((1, 2))[:, :3]
+    qat.fit(x, y, verbose=0)
+    parts = [layer for layer in qat.layers if isinstance(layer, (NormMultiplier, NormOffset))]
+    before = [[np.array(part.moving), np.array(part.weight)] for part in parts]
+    qat.fit(x, y, verbose=0, callbacks=[kq.callbacks.QuantizationSchedule(freeze_batch_norm=0)])
+    for (moving, weight), part in zip(before, parts, strict=True):
+        assert np.array_equal(moving, part.moving) and not np.array_equal(weight, part.weight)
+    config = parts[0].get_config()
+    assert config["frozen_statistics"] and NormMultiplier.from_config(config).frozen_statistics
+
+
+def test_explain_shows_both_ops():
+    rows = {row.layer: row.integer_op for row in kq.explain(net(), rules=RULES).rows}
+    assert rows["norm/product"] == "MUL" and rows["norm"] == "ADD"
+
+
+def test_frozen_layers_stay_frozen():
+    model = net()
+    model.get_layer("norm").trainable = False
+    qat = kq.quantize(model, rules=RULES)
+    assert not {weight.path for weight in qat.trainable_weights if "norm" in weight.path}
+
+
+def test_the_default_is_one_op_with_a_scale_for_each_channel():
+    summary = tflite_export.inspect(tflite_export.write(kq.freeze(kq.calibrate(kq.quantize(net()), images()))))
+    assert [op.kind for op in summary.ops][:2] == ["DEPTHWISE_CONV_2D", "CONV_2D"]
