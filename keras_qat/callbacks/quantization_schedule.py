@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_qat.callbacks.train_function import StepCallback, TrainFunction, replaced
 from keras_qat.batch_norms import OfStatistics
+from keras_qat.callbacks.train_function import StepCallback, TrainFunction, replaced
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, require_qat
 from keras_qat.primitives import InFloat
 from keras_qat.schedules import Schedule, of_bits
