@@ -43,8 +43,8 @@ class MovingAverage(keras.layers.Layer):
         """Returns `(low, high)`, having taken in `x` first if it is to `observe`."""
         x = ops.stop_gradient(x)
         if observe:
-            ends = _ends_of(x, self.nonnegative[site])
-            seen, low, high = _moved(self.seen.value, *ends, self.momentum, self._row_of(site))
+            row, nonnegative = self._row_of(site), self.nonnegative[site]
+            seen, low, high = _moved(self.seen.value, x, row, nonnegative, self.momentum)
             self.seen.assign(seen)
             return low, high
         # Before anything was observed a batch is quantized by its own range, so that a fresh model predicts something.
@@ -52,7 +52,7 @@ class MovingAverage(keras.layers.Layer):
 
     def include(self, x, site: int) -> None:
         """Widens the range of a site so that it holds all of `x` (calibration by minimum and maximum)."""
-        low, high = _with_zero(*_ends_of(x, self.nonnegative[site]))
+        low, high = _ends_of(x, self.nonnegative[site])
         row, seen = self._row_of(site), self.seen.value
         old_low, old_high, _ = ops.unstack(ops.sum(row * seen, axis=0))
         wider = ops.stack([ops.minimum(low - old_low, 0.0), ops.maximum(high - old_high, 0.0), 1.0])
@@ -79,11 +79,8 @@ class MovingAverage(keras.layers.Layer):
 
 
 def _ends_of(x, nonnegative):
-    return 0.0 if nonnegative else ops.min(x), ops.max(x)
-
-
-def _with_zero(lowest, highest):
-    return ops.minimum(lowest, 0.0), ops.maximum(highest, 0.0)
+    """The smallest and the largest value, zero among them."""
+    return ops.zeros(()) if nonnegative else ops.minimum(ops.min(x), 0.0), ops.maximum(ops.max(x), 0.0)
 
 
 def _are_finite(low, high):
@@ -91,9 +88,9 @@ def _are_finite(low, high):
 
 
 @traced_once
-def _moved(seen, lowest, highest, momentum, row):
+def _moved(seen, x, row, nonnegative, momentum):
     """`seen` after one more batch at the site of this row, and the range that this makes."""
-    batch_low, batch_high = _with_zero(lowest, highest)
+    batch_low, batch_high = _ends_of(x, nonnegative)
     low, high, count = ops.unstack(ops.sum(row * seen, axis=0))
     rate = ops.maximum(1.0 - momentum, 1.0 / (count + 1.0))
     step = ops.stack([(batch_low - low) * rate, (batch_high - high) * rate, 1.0])
@@ -109,4 +106,4 @@ def _union(seen):
 @traced_once
 def _known_or_own(seen, x, row, nonnegative):
     was_observed = ops.sum(row * seen, axis=0)[2] > 0
-    return ops.cond(was_observed, lambda: _union(seen), lambda: _with_zero(*_ends_of(x, nonnegative)))
+    return ops.cond(was_observed, lambda: _union(seen), lambda: _ends_of(x, nonnegative))
