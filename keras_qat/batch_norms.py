@@ -7,6 +7,8 @@ otherwise has a scale for each channel, and one op less; but TensorFlow Lite Mic
 import keras
 from keras import ops
 
+from tflite_export.program import unique_name
+
 _GAMMA, _BETA = "gamma", "beta"
 
 
@@ -96,10 +98,9 @@ class NormOffset(OfStatistics):
         return self.weight - mean if self.learned else -mean
 
 
-def multiplied_and_added(norm: keras.layers.BatchNormalization, x, training: bool | None):
-    """What a batch norm makes of a symbolic tensor, in the layers above."""
-    call = {} if training is None else {"training": training}
-    common = {"momentum": norm.momentum, "trainable": norm.trainable}
+def multiplied_and_added(norm: keras.layers.BatchNormalization):
+    """`(x, training) -> y`: what a batch norm makes of symbolic tensors, in the layers above. All calls share them."""
+    shape, common = (norm.moving_mean.shape[0],), {"momentum": norm.momentum, "trainable": norm.trainable}
     factor = NormMultiplier(
         norm.epsilon,
         learned=norm.scale,
@@ -108,12 +109,10 @@ def multiplied_and_added(norm: keras.layers.BatchNormalization, x, training: boo
         name=f"{norm.name}.multiplier",
         **common,
     )
-    multiplier = factor(x, **call)
+    factor.build(shape)
     factor.moving.assign(norm.moving_variance)
     if norm.scale:
         factor.weight.assign(norm.gamma)
-    product = ops.multiply(x, multiplier)
-    product._keras_history.operation.name = f"{norm.name}.product"
     addend = NormOffset(
         learned=norm.center,
         regularizer=norm.beta_regularizer,
@@ -121,10 +120,20 @@ def multiplied_and_added(norm: keras.layers.BatchNormalization, x, training: boo
         name=f"{norm.name}.offset",
         **common,
     )
-    offset = addend(product, **call)
+    addend.build(shape)
     addend.moving.assign(ops.convert_to_tensor(norm.moving_mean) * factor.value)
     if norm.center:
         addend.weight.assign(norm.beta)
-    result = ops.add(product, offset)
-    result._keras_history.operation.name = norm.name
-    return result
+
+    names = []
+
+    def call(x, training=None):
+        names.append(unique_name(norm.name, names))
+        options = {} if training is None else {"training": training}
+        product = ops.multiply(x, factor(x, **options))
+        product._keras_history.operation.name = f"{names[-1]}.product"
+        result = ops.add(product, addend(product, **options))
+        result._keras_history.operation.name = names[-1]
+        return result
+
+    return call

@@ -168,7 +168,9 @@ def _wrap_weights(model, rules, input_scalings):
         if not _has_weights(operation):
             return reused.call(node, args, kwargs)
         if key_of(operation) == "BatchNormalization" and not _has_scales_per_channel(operation, rules):
-            return multiplied_and_added(operation, args[0], kwargs.get("training"))
+            if id(operation) not in wrapped:
+                wrapped[id(operation)] = multiplied_and_added(operation)
+            return wrapped[id(operation)](args[0], kwargs.get("training"))
         norm_node = norm_of.get(id(operation))
         if id(operation) not in wrapped:
             norm = norm_node and norm_node.operation

@@ -37,7 +37,7 @@ def lively(**options):
 )
 def test_they_compute_what_keras_computes(options, training):
     norm, inputs = lively(**options), keras.Input((6, 6, 5))
-    parts = keras.Model(inputs, multiplied_and_added(norm, inputs, None))
+    parts = keras.Model(inputs, multiplied_and_added(norm)(inputs))
     for _ in range(2 if training else 1):  # the second time on other moving averages
         expected, found = norm(images(), training=training), parts(images(), training=training)
         np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -52,7 +52,7 @@ def test_they_compute_what_keras_computes(options, training):
 def test_regularizers_and_constraints_live_on():
     options = {"gamma_regularizer": "l2", "beta_regularizer": keras.regularizers.L1(0.1), "gamma_constraint": "non_neg"}
     norm, inputs = lively(**options), keras.Input((6, 6, 5))
-    parts = keras.Model(inputs, multiplied_and_added(norm, inputs, None))
+    parts = keras.Model(inputs, multiplied_and_added(norm)(inputs))
     np.testing.assert_allclose(sum(parts.losses), sum(norm.losses), rtol=1e-6)
     assert isinstance(parts.get_layer("norm.multiplier").weight.constraint, keras.constraints.NonNeg)
 
@@ -99,6 +99,17 @@ def test_frozen_statistics_stay_and_gamma_goes_on_learning():
         assert np.array_equal(moving, part.moving) and not np.array_equal(weight, part.weight)
     config = parts[0].get_config()
     assert config["frozen_statistics"] and NormMultiplier.from_config(config).frozen_statistics
+
+
+def test_a_shared_norm_stays_one(tmp_path):
+    norm, inputs = lively(), keras.Input((6, 6, 5))
+    pooled = layers.AveragePooling2D(2)(inputs)
+    outputs = [layers.Flatten(name=name)(layers.ReLU()(norm(x))) for name, x in (("large", inputs), ("small", pooled))]
+    qat = kq.quantize(keras.Model(inputs, outputs), rules=RULES)
+    assert len(qat.trainable_weights) == 2
+    report = kq.export(kq.calibrate(qat, images()), tmp_path / "model.tflite", images())
+    assert report.parity.mismatch == 0, report
+    assert report.summary.op_counts["MUL"] == report.summary.op_counts["ADD"] == 2
 
 
 def test_explain_shows_both_ops():
