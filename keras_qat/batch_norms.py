@@ -7,6 +7,7 @@ otherwise has a scale for each channel, and one op less; but TensorFlow Lite Mic
 import keras
 from keras import ops
 
+from keras_qat.replicas import agreed
 from tflite_export.program import unique_name
 
 _GAMMA, _BETA = "gamma", "beta"
@@ -42,7 +43,7 @@ class OfStatistics(keras.layers.Layer):
         if not (training and self.trainable) or self.frozen_statistics:
             return self.value
         statistic = self._of_batch(x)
-        self.moving.assign(self.moving * self.momentum + statistic * (1.0 - self.momentum))
+        self.moving.assign(agreed(self.moving * self.momentum + statistic * (1.0 - self.momentum)))
         return self._number(statistic)
 
     @property

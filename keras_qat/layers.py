@@ -11,6 +11,7 @@ import numpy as np
 from keras_qat import kernels, numerics
 from keras_qat.arrays import ops, read_as
 from keras_qat.quantizers import MaxAbs
+from keras_qat.replicas import agree_on_statistics
 from keras_qat.spec import Spec
 
 _calibrating = contextvars.ContextVar("calibrating", default=False)
@@ -376,6 +377,8 @@ class Quantized(GridLayer):
             y = numerics.fused_batch_norm(self.batch_norm, y, self.frozen_statistics)
         else:
             y = self.batch_norm.call(y, training=training and not self.frozen_statistics)
+        if training and isinstance(self.batch_norm, keras.layers.BatchNormalization):
+            agree_on_statistics(self.batch_norm)
         self._penalize(self.batch_norm, y)
         return y
 

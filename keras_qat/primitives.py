@@ -7,6 +7,7 @@ from keras import ops
 from keras_qat import numerics
 from keras_qat.graph.walk import key_of, nodes_of
 from keras_qat.layers import GridLayer
+from keras_qat.replicas import agree_on_statistics
 
 # Functions with an infinite value or an infinite slope somewhere.
 _SINGULAR = {
@@ -139,7 +140,10 @@ class InFloat(keras.layers.Layer):
     def call(self, *args, **kwargs):
         if self.frozen_statistics:
             kwargs["training"] = False
-        return self.operation(*args, **kwargs)
+        result = self.operation(*args, **kwargs)
+        if self.batch_norm is not None:
+            agree_on_statistics(self.batch_norm)
+        return result
 
     def compute_output_spec(self, *args, **kwargs):
         return self.operation.compute_output_spec(*args, **kwargs)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qat.replicas import agreed
 from keras_qat.traced_once import traced_once
 
 
@@ -45,7 +46,7 @@ class MovingAverage(keras.layers.Layer):
         if observe:
             row, nonnegative = self._row_of(site), self.nonnegative[site]
             seen, low, high = _moved(self.seen.value, x, row, nonnegative, self.momentum)
-            self.seen.assign(seen)
+            self.seen.assign(agreed(seen))
             return low, high
         # Before anything was observed a batch is quantized by its own range, so that a fresh model predicts something.
         return _known_or_own(self.seen.value, x, self._row_of(site), self.nonnegative[site])
