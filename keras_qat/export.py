@@ -12,8 +12,10 @@ import tensorflow as tf
 import tflite_export
 from keras_qat.data import as_called, input_values
 from keras_qat.graph.freeze import freeze, taps
+from keras_qat.graph.lookups import SINGLE_OPS
 from keras_qat.graph.walk import input_names
 from keras_qat.layers import is_qat
+from tflite_export.ops import BUILTINS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,13 @@ def export(
             parity,
         )
     _write_atomically(path, content)
-    return ExportReport(str(path), tflite_export.inspect(content), parity)
+    summary = tflite_export.inspect(content)
+    single = [op for op in summary.op_counts if op in SINGLE_OPS.values() and not BUILTINS[op].micro]
+    if single and "tflm" in runtimes and not any(result.runtime == "tflm" for result in parity.results):
+        parity.skipped.append(
+            f"tflm: portable=True writes {', '.join(single)} as a look-up, which TensorFlow Lite Micro has. The integers are the same."
+        )
+    return ExportReport(str(path), summary, parity)
 
 
 def _path(path: str | os.PathLike) -> pathlib.Path:

@@ -126,7 +126,8 @@ class _Worker:
 
     def _last_words(self) -> str:
         self._stderr.seek(0)
-        lines = self._stderr.read().replace(b"\0", b"").decode(errors="replace").strip().splitlines()[-_STDERR_LINES:]
+        text = self._stderr.read().replace(b"\0", b"").decode(errors="replace")
+        lines = list(dict.fromkeys(line for line in text.splitlines() if line.strip()))[-_STDERR_LINES:]
         return "".join(["\nIts last lines:", *(f"\n  {line}" for line in lines)]) if lines else ""
 
     def _stop(self) -> None:

@@ -109,6 +109,8 @@ class Parity:
 
     def __str__(self) -> str:
         verdict = "exact" if self.exact else "passed" if self.passed else "FAILED"
+        if self.skipped and self.results:
+            verdict += f" on {', '.join(dict.fromkeys(result.runtime for result in self.results))}"
         arena = "" if self.arena_bytes is None else f"; TFLM arena {self.arena_bytes:,} bytes"
         sections = [f"parity on {self.samples} samples: {verdict}{arena}", self._results_table(), self._layers_table()]
         sections += [f"note: {note}" for note in self.skipped]

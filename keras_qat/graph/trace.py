@@ -54,7 +54,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[G
                 f"Model {model.name!r} returns something that does not depend on its inputs: {output!r}. Expected tensors made "
                 "of its inputs alone. Leave it out of what `call` returns."
             )
-    problems = tracer.problems
+    problems = tracer.problems or tracer.truths
     if open_axes:  # what has no form for lack of a size has one otherwise
         problems = open_axes + [problem for problem in problems if problem.reason != _NO_FORM]
     return Graph(inputs, outputs, model.name), problems
@@ -101,6 +101,7 @@ class _Tracer:
     def __init__(self, is_primitive, lowering_of):
         self.is_primitive, self.lowering_of = is_primitive, lowering_of
         self.problems: list[Problem] = []
+        self.truths: list[Problem] = []  # of operations that make truth values: mostly a mask that somebody reads
         self._lowerings: dict[object, tuple] = {}
         self._clones: dict[int, object] = {}
         self.made: dict[int, object] = {}  # what rules made need not be copied
@@ -212,9 +213,11 @@ class _Tracer:
     def _leave_closed(self, operation, args, kwargs, path, reason):
         reason, _, way_out = reason.partition("\n")
         way_out = way_out or _instead_of(reason) or "Rebuild it from what keras_qat/OPERATIONS.md lists."
-        self.problems.append(Problem(path, type(operation).__name__, reason, way_out))
-        stand_in = _Closed(operation, name=self._unique(path))
-        return stand_in(*args, **kwargs)
+        outputs = _Closed(operation, name=self._unique(path))(*args, **kwargs)
+        makes_truths = all(tensor.dtype == "bool" for tensor in tree.flatten(outputs))
+        found = self.truths if makes_truths and reason == _NO_FORM else self.problems
+        found.append(Problem(path, type(operation).__name__, reason, way_out))
+        return outputs
 
     def _unique(self, path: str) -> str:
         """A Keras name for a path ("backbone/conv" → "backbone.conv"), numbered where it is taken."""

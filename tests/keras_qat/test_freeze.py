@@ -437,3 +437,13 @@ def test_weights_that_became_nan_are_named():
     wrapper_of(qat).layer.kernel.assign(np.full((3, 3, 4, 3), np.nan))
     with pytest.raises(ValueError, match="Layer 'conv.*weights hold NaN.*checkpoint.*GradientClipping"):
         kq.freeze(qat)
+
+
+def test_a_file_that_microcontrollers_refuse_says_so_and_how_to_write_another(tmp_path):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(8, activation="gelu"), layers.Dense(2)])
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+    qat = kq.calibrate(kq.quantize(model), x)
+    report = kq.export(qat, tmp_path / "model.tflite", x)
+    assert "exact on litert, xnnpack\n" in str(report) and "portable=True writes GELU as a look-up" in str(report)
+    report = kq.export(qat, tmp_path / "model.tflite", x, portable=True)
+    assert "exact; TFLM arena" in str(report) and not report.parity.skipped

@@ -347,6 +347,20 @@ def test_only_layer_of_a_model_keeps_its_name(make, name, style):
         assert any(f"{row.layer}/".startswith(f"{path}/") for row in explanation.rows), str(explanation)
 
 
+def test_of_a_mask_only_those_who_meet_it_are_named():
+    """Not the comparison that makes it, which nobody wrote."""
+    words, series = keras.Input((8,), dtype="int32"), keras.Input((8, 3))
+    models = {
+        ("gru",): layers.GRU(3, name="gru")(layers.Embedding(9, 4, mask_zero=True)(words)),
+        ("gru", "mask"): layers.GRU(3, name="gru")(layers.Masking(name="mask")(series)),
+    }
+    for (names, outputs), inputs in zip(models.items(), (words, series), strict=True):
+        problems = kq.explain(keras.Model(inputs, outputs)).problems
+        assert {problem.layer for problem in problems} == set(names), problems
+    greater = layers.Lambda(lambda x: ops.cast(x > ops.mean(x, -1, keepdims=True), "float32"), name="mine")(series)
+    assert kq.explain(keras.Model(series, greater)).problems
+
+
 def test_explain_prints_a_row_per_layer():
     explanation = kq.explain(small())
     assert explanation.supported and not explanation.problems
