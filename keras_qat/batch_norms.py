@@ -1,6 +1,6 @@
 """A batch norm that stands alone, with one scale for all of its channels: MUL by one constant and ADD of another.
 
-`x · m + (beta - mean(x · m))` with `m = gamma / sqrt(variance(x) + epsilon)`. The depthwise convolution that such a norm is
+`x · m + (beta - mean(x) · m)` with `m = gamma / sqrt(variance(x) + epsilon)`. The depthwise convolution that such a norm is
 otherwise has a scale for each channel, and one op less; but TensorFlow Lite Micro keeps 8 bytes of arena for each of them.
 """
 
@@ -14,7 +14,7 @@ _GAMMA, _BETA = "gamma", "beta"
 
 
 class OfStatistics(keras.layers.Layer):
-    """A number for each channel: of the batch in training, of the moving average at inference and in the file.
+    """A number for each channel that depends on a statistic: in training that of the batch, else its moving average.
 
     Args:
         learned: Whether gamma (or beta) is learned too.
@@ -32,26 +32,21 @@ class OfStatistics(keras.layers.Layer):
         self.learned, self.momentum, self.frozen_statistics = learned, momentum, frozen_statistics
         self.regularizer, self.constraint = keras.regularizers.get(regularizer), keras.constraints.get(constraint)
 
-    def build(self, input_shape):
+    def build(self, input_shape, *_):
         shape, first = (input_shape[-1],), "ones" if self.weight_name == _GAMMA else "zeros"
         if self.learned:
             options = {"regularizer": self.regularizer, "constraint": self.constraint}
             self.weight = self.add_weight(name=self.weight_name, shape=shape, initializer=first, **options)
         self.moving = self.add_weight(name=self.statistic_name, shape=shape, initializer=first, trainable=False)
 
-    def call(self, x, training=None):
+    def _statistic(self, x, training):
         if not (training and self.trainable) or self.frozen_statistics:
-            return self.value
+            return ops.convert_to_tensor(self.moving)
         statistic = self._of_batch(x)
         self.moving.assign(agreed(self.moving * self.momentum + statistic * (1.0 - self.momentum)))
-        return self._number(statistic)
+        return statistic
 
-    @property
-    def value(self):
-        """What the file gets."""
-        return self._number(ops.convert_to_tensor(self.moving))
-
-    def compute_output_spec(self, x, **kwargs):
+    def compute_output_spec(self, x, *_, **__):
         return keras.KerasTensor((x.shape[-1],), "float32")
 
     def get_config(self):
@@ -75,12 +70,15 @@ class NormMultiplier(OfStatistics):
         super().__init__(**kwargs)
         self.epsilon = epsilon
 
-    def _of_batch(self, x):
-        return ops.var(x, axis=tuple(range(len(x.shape) - 1)))
+    def call(self, x, training=None):
+        return self.multiplier(self._statistic(x, training))
 
-    def _number(self, variance):
+    def multiplier(self, variance):
         inverse = ops.rsqrt(variance + self.epsilon)
         return inverse * self.weight if self.learned else inverse
+
+    def _of_batch(self, x):
+        return ops.var(x, axis=tuple(range(len(x.shape) - 1)))
 
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon}
@@ -88,15 +86,19 @@ class NormMultiplier(OfStatistics):
 
 @keras.saving.register_keras_serializable("keras_qat")
 class NormOffset(OfStatistics):
-    """`beta - mean` of what was multiplied."""
+    """`beta - mean · multiplier`, of the multiplier as the file has it."""
 
     weight_name, statistic_name = _BETA, "moving_mean"
 
+    def call(self, x, multiplier, training=None):
+        return self.offset(self._statistic(x, training), multiplier)
+
+    def offset(self, mean, multiplier):
+        offset = -mean * multiplier
+        return offset + self.weight if self.learned else offset
+
     def _of_batch(self, x):
         return ops.mean(x, axis=tuple(range(len(x.shape) - 1)))
-
-    def _number(self, mean):
-        return self.weight - mean if self.learned else -mean
 
 
 def multiplied_and_added(norm: keras.layers.BatchNormalization):
@@ -122,7 +124,7 @@ def multiplied_and_added(norm: keras.layers.BatchNormalization):
         **common,
     )
     addend.build(shape)
-    addend.moving.assign(ops.convert_to_tensor(norm.moving_mean) * factor.value)
+    addend.moving.assign(norm.moving_mean)
     if norm.center:
         addend.weight.assign(norm.beta)
 
@@ -131,9 +133,10 @@ def multiplied_and_added(norm: keras.layers.BatchNormalization):
     def call(x, training=None):
         names.append(unique_name(norm.name, names))
         options = {} if training is None else {"training": training}
-        product = ops.multiply(x, factor(x, **options))
+        multiplier = factor(x, **options)
+        product = ops.multiply(x, multiplier)
         product._keras_history.operation.name = f"{names[-1]}.product"
-        result = ops.add(product, addend(product, **options))
+        result = ops.add(product, addend(x, multiplier, **options))
         result._keras_history.operation.name = names[-1]
         return result
 

@@ -16,6 +16,7 @@ from keras_qat.graph.lookups import SINGLE_OPS
 from keras_qat.graph.walk import input_names
 from keras_qat.layers import is_qat
 from tflite_export.ops import BUILTINS
+from tflite_export.runtimes import available
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,12 @@ def export(
     _write_atomically(path, content)
     summary = tflite_export.inspect(content)
     single = [op for op in summary.op_counts if op in SINGLE_OPS.values() and not BUILTINS[op].micro]
-    if single and "tflm" in runtimes and not any(result.runtime == "tflm" for result in parity.results):
+    if (
+        single
+        and "tflm" in runtimes
+        and available("tflm")
+        and not any(result.runtime == "tflm" for result in parity.results)
+    ):
         parity.skipped.append(
             f"tflm: portable=True writes {', '.join(single)} as a look-up, which TensorFlow Lite Micro has. The integers are the same."
         )

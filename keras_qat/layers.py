@@ -111,6 +111,7 @@ class FakeQuant(keras.layers.Layer):
         return numerics.fake_quant(x, low, high, self.spec, nonnegative, precise), scale
 
     def _snapped(self, low, high, factors, constant, count):
+        """See `numerics.snapped_grid`."""
         step = constant * math.prod(factors[1:], start=factors[0])
         return numerics.snapped_grid(low, high, self.spec, step, count)
 
@@ -377,7 +378,7 @@ class Quantized(GridLayer):
             y = numerics.fused_batch_norm(self.batch_norm, y, self.frozen_statistics)
         else:
             y = self.batch_norm.call(y, training=training and not self.frozen_statistics)
-        if training and isinstance(self.batch_norm, keras.layers.BatchNormalization):
+        if training and not self.frozen_statistics and isinstance(self.batch_norm, keras.layers.BatchNormalization):
             agree_on_statistics(self.batch_norm)
         self._penalize(self.batch_norm, y)
         return y

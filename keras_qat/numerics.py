@@ -375,5 +375,10 @@ def fused_batch_norm(batch_norm: keras.layers.BatchNormalization, x, frozen_stat
 
 def can_fuse_batch_norm(batch_norm: keras.layers.BatchNormalization, x) -> bool:
     """Whether `fused_batch_norm` does what the layer itself would do."""
-    is_plain = type(batch_norm) is keras.layers.BatchNormalization
-    return is_plain and len(x.shape) == 4 and not (batch_norm.renorm or batch_norm.synchronized)
+    return is_plain(batch_norm) and len(x.shape) == 4
+
+
+def is_plain(batch_norm: keras.layers.BatchNormalization) -> bool:
+    """Whether it is Keras's own and has nothing but its averages."""
+    is_keras = type(batch_norm) is keras.layers.BatchNormalization
+    return is_keras and not (batch_norm.renorm or batch_norm.synchronized)

@@ -12,7 +12,7 @@ To add an op, add a row here and a function to one of graph/emit/ that writes it
     tied     is not in the file either; all tensors that such a layer is called on share one range
     index    whole numbers that count something (the winner of an argmax), not values on a grid
     float    stays in float, because a rule says so
-    constant a tensor that is in the file as it is, on a range of its own
+    constant a tensor that no op of the file computes, on a range of its own
     look-up  a function of single numbers; `graph/lookups.py` makes a `Pointwise` of it, with a range of its own
 """
 
@@ -281,7 +281,7 @@ OPERATIONS: dict[str, Row] = {
     "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", weighted.conv_2d_transpose, (2,), True, refuses=_transposed),
     "ChannelScale": Row("DEPTHWISE_CONV_2D / ADD", "own", weighted.channel_scale, channels=(0,), fuses=True),
     "Rescale": Row("MUL", "own", arithmetic.rescale, fuses=True),
-    "BatchNormalization": Row("folded, or DEPTHWISE_CONV_2D", "own", arithmetic.batch_norm, refuses=_batch_norm),
+    "BatchNormalization": Row("folded, DEPTHWISE_CONV_2D, or MUL and ADD", "own", arithmetic.batch_norm, refuses=_batch_norm),
     # arithmetic
     "ops.Add": Row("ADD", "own", arithmetic.add, fuses=True, refuses=_two_tensors),
     "ops.Subtract": Row("SUB", "own", arithmetic.subtract, fuses=True, refuses=_two_tensors),
@@ -328,8 +328,8 @@ OPERATIONS: dict[str, Row] = {
     "ops.Where": Row("SELECT_V2", "same", shapes.select, refuses=_selects),
     "ops.BroadcastTo": Row("BROADCAST_TO", "same", shapes.broadcast, refuses=_keeps_batch_of_one),
     "Constant": Row("-", "constant", shapes.constant_tensor),
-    "NormMultiplier": Row("-", "constant", shapes.constant_tensor),
-    "NormOffset": Row("-", "constant", shapes.constant_tensor),
+    "NormMultiplier": Row("-", "constant", arithmetic.norm_multiplier),
+    "NormOffset": Row("-", "constant", arithmetic.norm_offset),
     "InFloat": Row("float", "float", lambda call: emit_in_float(call)),
     # products and reductions
     "ops.Matmul": Row("BATCH_MATMUL", "own", arithmetic.batch_matmul, refuses=_matmuls, factors=_both_inputs),

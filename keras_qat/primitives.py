@@ -137,11 +137,11 @@ class InFloat(keras.layers.Layer):
     def build(self, *args, **kwargs):
         """The operation was built before it came in here."""
 
-    def call(self, *args, **kwargs):
-        if self.frozen_statistics:
-            kwargs["training"] = False
+    def call(self, *args, training=None, **kwargs):
+        if getattr(self.operation, "_call_has_training_arg", False):
+            kwargs["training"] = training and not self.frozen_statistics
         result = self.operation(*args, **kwargs)
-        if self.batch_norm is not None:
+        if kwargs.get("training") and self.batch_norm is not None:
             agree_on_statistics(self.batch_norm)
         return result
 

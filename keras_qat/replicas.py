@@ -16,6 +16,6 @@ def agreed(value):
 
 def agree_on_statistics(batch_norm) -> None:
     """After a call of a batch norm in training."""
-    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+    if batch_norm.trainable and tf.distribute.get_strategy().num_replicas_in_sync > 1:
         for average in (batch_norm.moving_mean, batch_norm.moving_variance):
             average.assign(agreed(average.value))

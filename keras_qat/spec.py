@@ -13,7 +13,8 @@ class Spec:
         bits: 2 to 8, or 16 (of tensors inside of attention; no scheme asks for it yet).
         symmetric: zero point 0, and the range leaves out the lowest integer (-127..127), as TFLite wants of weights and
             of everything in 16 bits.
-        per_channel: one scale per output channel instead of one per tensor.
+        per_channel: one scale per output channel instead of one per tensor. A batch norm that stands alone is one op with
+            it, and without it MUL and ADD.
     """
 
     bits: int = 8

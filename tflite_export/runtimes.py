@@ -127,7 +127,8 @@ class _Worker:
     def _last_words(self) -> str:
         self._stderr.seek(0)
         text = self._stderr.read().replace(b"\0", b"").decode(errors="replace")
-        lines = list(dict.fromkeys(line for line in text.splitlines() if line.strip()))[-_STDERR_LINES:]
+        latest = list(dict.fromkeys(line for line in reversed(text.splitlines()) if line.strip()))
+        lines = latest[:_STDERR_LINES][::-1]
         return "".join(["\nIts last lines:", *(f"\n  {line}" for line in lines)]) if lines else ""
 
     def _stop(self) -> None:

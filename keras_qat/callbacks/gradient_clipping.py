@@ -102,7 +102,9 @@ class GradientClipping(StepCallback):
             bad = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, bad)
         finite = ops.equal(bad, 0)
         self._skipped.assign_add(ops.cast(ops.logical_not(finite), "int32"))
-        skips_itself = isinstance(self.model.optimizer, keras.mixed_precision.LossScaleOptimizer)
+        # On several devices a LossScaleOptimizer looks at the first one's gradients only.
+        is_scaled = isinstance(self.model.optimizer, keras.mixed_precision.LossScaleOptimizer)
+        skips_itself = is_scaled and tf.distribute.get_strategy().num_replicas_in_sync == 1
         return None if skips_itself or self.nonfinite == "keep" else finite
 
     def changed(self, gradients_and_variables):

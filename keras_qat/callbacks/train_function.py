@@ -206,7 +206,11 @@ class TrainFunction:
             present = [gradient for gradient in gradients if gradient is not None]
             answers = [callback.admits(present) for callback in self.callbacks] if present else []
             answers = [answer for answer in answers if answer is not None]
-            if answers:
+            if answers and isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
+                # It has to see for itself that the step is none, so that it lowers its scale.
+                fate = ops.where(ops.all(ops.stack(answers)), 1.0, float("nan"))
+                apply([g if g is None else _scaled(g, fate) for g in gradients], trainable_variables)
+            elif answers:
                 _apply_if(ops.all(ops.stack(answers)), apply, gradients, trainable_variables)
             else:
                 apply(gradients, trainable_variables)
@@ -250,6 +254,13 @@ def replaced(owner, name, value):
 
 def _times(gradient, factor):
     return gradient if factor == 1.0 else ops.multiply(gradient, factor)
+
+
+def _scaled(gradient, factor):
+    if isinstance(gradient, tf.IndexedSlices):
+        values = _scaled(gradient.values, factor)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return gradient * ops.cast(factor, gradient.dtype)
 
 
 def _apply_if(admitted, apply, gradients, variables) -> None:

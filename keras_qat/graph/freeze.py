@@ -201,9 +201,9 @@ def _require_finite(layer, weights) -> None:
 
 
 def _data_inputs(node, kind: str):
-    """The further inputs of a grid layer are the scales; a constant does not look at its input."""
+    """The further inputs of a grid layer are the scales; a constant does not look at its first input (see `Constant`)."""
     if kind == "constant":
-        return []
+        return node.input_tensors[1:]
     return node.input_tensors[: getattr(node.operation, "operands", None)]
 
 

@@ -17,6 +17,7 @@ from keras_qat.graph.walk import (
     rewrite,
 )
 from keras_qat.layers import ChannelScale, Quantized, Rescale
+from keras_qat.numerics import is_plain
 from keras_qat.operations import row_of
 from keras_qat.primitives import InFloat
 from keras_qat.spec import Rules
@@ -167,7 +168,7 @@ def _wrap_weights(model, rules, input_scalings):
             return Rescale(operation.scalars[0], name=operation.name)(args[0])
         if not _has_weights(operation):
             return reused.call(node, args, kwargs)
-        if key_of(operation) == "BatchNormalization" and not _has_scales_per_channel(operation, rules):
+        if key_of(operation) == "BatchNormalization" and _is_per_tensor(operation, rules):
             if id(operation) not in wrapped:
                 wrapped[id(operation)] = multiplied_and_added(operation)
             return wrapped[id(operation)](args[0], kwargs.get("training"))
@@ -196,8 +197,8 @@ def _has_weights(operation) -> bool:
     return row is not None and (bool(row.channels) or key_of(operation) == "BatchNormalization")
 
 
-def _has_scales_per_channel(norm, rules) -> bool:
-    return rules.scheme_of(path_of(norm)).weights.per_channel
+def _is_per_tensor(norm, rules) -> bool:
+    return is_plain(norm) and not rules.scheme_of(path_of(norm)).weights.per_channel
 
 
 def _foldable_norms(model, rules) -> dict[int, object]:

@@ -46,8 +46,9 @@ class MovingAverage(keras.layers.Layer):
         if observe:
             row, nonnegative = self._row_of(site), self.nonnegative[site]
             seen, low, high = _moved(self.seen.value, x, row, nonnegative, self.momentum)
-            self.seen.assign(agreed(seen))
-            return low, high
+            everyones = agreed(seen)
+            self.seen.assign(everyones)
+            return (low, high) if everyones is seen else _union(everyones)
         # Before anything was observed a batch is quantized by its own range, so that a fresh model predicts something.
         return _known_or_own(self.seen.value, x, self._row_of(site), self.nonnegative[site])
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import keras_qat as kq
 import tflite_export
@@ -41,12 +41,8 @@ def test_they_compute_what_keras_computes(options, training):
     for _ in range(2 if training else 1):  # the second time on other moving averages
         expected, found = norm(images(), training=training), parts(images(), training=training)
         np.testing.assert_allclose(found, expected, atol=2e-5)
-    # Both averages are on their way to the batch's. That of the product's mean moves with the multiplier, too.
-    multiplier = parts.get_layer("norm.multiplier")
-    np.testing.assert_allclose(multiplier.moving, norm.moving_variance, rtol=1e-5)
-    if not training:
-        offset = parts.get_layer("norm.offset")
-        np.testing.assert_allclose(offset.moving, np.asarray(norm.moving_mean) * multiplier.value, rtol=1e-5)
+    np.testing.assert_allclose(parts.get_layer("norm.multiplier").moving, norm.moving_variance, rtol=1e-5)
+    np.testing.assert_allclose(parts.get_layer("norm.offset").moving, norm.moving_mean, rtol=1e-5)
 
 
 def test_regularizers_and_constraints_live_on():
@@ -70,6 +66,13 @@ def test_from_training_to_the_runtimes(tmp_path):
     qat.compile("adam", "mse")
     losses = qat.fit(x, x.mean((1, 2))[:, :3], epochs=4, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+    # A factor that learns takes the offset with it: at inference, too, the mean becomes beta.
+    multiplier, offset = (qat.get_layer(f"norm.{name}") for name in ("multiplier", "offset"))
+    multiplier.weight.assign([3.0] * 5)
+    centre = offset.offset(offset.moving, multiplier.multiplier(multiplier.moving)) + ops.convert_to_tensor(
+        offset.moving
+    ) * multiplier.multiplier(multiplier.moving)
+    np.testing.assert_allclose(centre, offset.weight, atol=1e-5)
     qat.save(tmp_path / "qat.keras")
     loaded = keras.models.load_model(tmp_path / "qat.keras")
     assert np.array_equal(loaded.predict(x, verbose=0), qat.predict(x, verbose=0))
@@ -110,6 +113,13 @@ def test_a_shared_norm_stays_one(tmp_path):
     report = kq.export(kq.calibrate(qat, images()), tmp_path / "model.tflite", images())
     assert report.parity.mismatch == 0, report
     assert report.summary.op_counts["MUL"] == report.summary.op_counts["ADD"] == 2
+
+
+def test_a_norm_that_is_more_than_its_averages_stays_one_op():
+    inputs = keras.Input((6, 6, 5))
+    outputs = layers.Conv2D(4, 3)(layers.ReLU()(layers.BatchNormalization(renorm=True, name="norm")(inputs)))
+    rows = kq.explain(keras.Model(inputs, outputs), rules=RULES).rows
+    assert "norm/product" not in {row.layer for row in rows}
 
 
 def test_explain_shows_both_ops():

@@ -199,7 +199,7 @@ MIRRORED = """
     broken = X.copy()
     broken[14] = np.nan  # in the second replica's half of the second batch
     # Of Keras's own LossScaleOptimizer, only the first replica decides what is finite: no broken data for it.
-    for make, inputs in {(lambda: optimizers.Adam(0.1)): (X, broken), scaled: (X,), multi: (broken,)}.items():
+    for make, inputs in {(lambda: optimizers.Adam(0.1)): (X, broken), scaled: (X, broken), multi: (broken,)}.items():
         for x in inputs:
             one, history = trained(make, tf.distribute.get_strategy(), x)
             two, other = trained(make, tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), x)

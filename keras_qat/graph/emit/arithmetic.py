@@ -15,6 +15,16 @@ def batch_norm(call: Call) -> None:
     multiply_and_add(call, *numerics.batch_norm_multiplier_and_offset(call.operation))
 
 
+def norm_multiplier(call: Call) -> None:
+    layer = call.operation
+    call.become_constant(layer.multiplier(layer.moving.value))
+
+
+def norm_offset(call: Call) -> None:
+    layer, multiplier = call.operation, call.program.tensors[call.inputs[0]]
+    call.become_constant(layer.offset(layer.moving.value, multiplier.dequantize(multiplier.data)))
+
+
 def clamp(call: Call) -> None:
     """In float only: among integers it is the end of a grid."""
     low, high = (call.constant(what, getattr(call.operation, what), "float32") for what in ("low", "high"))

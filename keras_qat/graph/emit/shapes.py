@@ -130,9 +130,7 @@ def broadcast(call: Call) -> None:
 
 
 def constant_tensor(call: Call) -> None:
-    """No op: the tensor itself is a constant."""
-    tensor = call.program.tensors[call.output]
-    tensor.data, tensor.batched = tensor.quantize(np.asarray(call.operation.value)), False
+    call.become_constant(call.operation.value)
 
 
 def concatenation(call: Call) -> None:
