@@ -281,7 +281,9 @@ OPERATIONS: dict[str, Row] = {
     "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", weighted.conv_2d_transpose, (2,), True, refuses=_transposed),
     "ChannelScale": Row("DEPTHWISE_CONV_2D / ADD", "own", weighted.channel_scale, channels=(0,), fuses=True),
     "Rescale": Row("MUL", "own", arithmetic.rescale, fuses=True),
-    "BatchNormalization": Row("folded, DEPTHWISE_CONV_2D, or MUL and ADD", "own", arithmetic.batch_norm, refuses=_batch_norm),
+    "BatchNormalization": Row(
+        "folded, DEPTHWISE_CONV_2D, or MUL and ADD", "own", arithmetic.batch_norm, refuses=_batch_norm
+    ),
     # arithmetic
     "ops.Add": Row("ADD", "own", arithmetic.add, fuses=True, refuses=_two_tensors),
     "ops.Subtract": Row("SUB", "own", arithmetic.subtract, fuses=True, refuses=_two_tensors),
