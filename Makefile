@@ -23,6 +23,7 @@ bench: $(INSTALLED)
 	$(RUN) benchmarks/op_counts.py
 	$(RUN) benchmarks/chain.py
 	$(RUN) benchmarks/callbacks_overhead.py
+	$(RUN) benchmarks/int8_evaluation.py
 
 bench-accuracy: $(INSTALLED)  # make bench-accuracy DATA=folder, with fashion_mnist.npz, fsdd.npz and har.npz
 	$(RUN) benchmarks/architectures.py --data_dir=$(DATA)

@@ -54,7 +54,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[G
                 f"Model {model.name!r} returns something that does not depend on its inputs: {output!r}. Expected tensors made "
                 "of its inputs alone. Leave it out of what `call` returns."
             )
-    problems = tracer.problems or tracer.truths
+    problems = tracer.problems_of_the_user()
     if open_axes:  # what has no form for lack of a size has one otherwise
         problems = open_axes + [problem for problem in problems if problem.reason != _NO_FORM]
     return Graph(inputs, outputs, model.name), problems
@@ -101,7 +101,8 @@ class _Tracer:
     def __init__(self, is_primitive, lowering_of):
         self.is_primitive, self.lowering_of = is_primitive, lowering_of
         self.problems: list[Problem] = []
-        self.truths: list[Problem] = []  # of operations that make truth values: mostly a mask that somebody reads
+        self._masks: list = []  # the tensors that layers get as mask=
+        self._truths: list[tuple] = []  # problems of operations that make truth values, with what they read and write
         self._lowerings: dict[object, tuple] = {}
         self._clones: dict[int, object] = {}
         self.made: dict[int, object] = {}  # what rules made need not be copied
@@ -112,6 +113,7 @@ class _Tracer:
 
     def visit(self, operation, args, kwargs, path):
         """Calls a primitive's copy, or opens a composite."""
+        self._masks += _symbolic(kwargs.get("mask"))
         try:
             lowering = self._lowering_of(operation, args, kwargs)
             if lowering is not None:
@@ -214,16 +216,29 @@ class _Tracer:
         reason, _, way_out = reason.partition("\n")
         way_out = way_out or _instead_of(reason) or "Rebuild it from what keras_qat/OPERATIONS.md lists."
         outputs = _Closed(operation, name=self._unique(path))(*args, **kwargs)
-        makes_truths = all(tensor.dtype == "bool" for tensor in tree.flatten(outputs))
-        found = self.truths if makes_truths and reason == _NO_FORM else self.problems
-        found.append(Problem(path, type(operation).__name__, reason, way_out))
+        self.problems.append(Problem(path, type(operation).__name__, reason, way_out))
+        if reason == _NO_FORM and all(tensor.dtype == "bool" for tensor in tree.flatten(outputs)):
+            self._truths.append((self.problems[-1], _symbolic((args, kwargs)), tree.flatten(outputs)))
         return outputs
+
+    def problems_of_the_user(self) -> list[Problem]:
+        """Without what Keras compares to make a mask, where whoever meets the mask has a problem of its own."""
+        behind, dropped = {id(tensor) for tensor in self._masks}, []
+        for problem, read, written in reversed(self._truths):
+            if any(id(tensor) in behind for tensor in written):
+                behind.update(map(id, read))
+                dropped.append(problem)
+        return [problem for problem in self.problems if problem not in dropped] or self.problems
 
     def _unique(self, path: str) -> str:
         """A Keras name for a path ("backbone/conv" → "backbone.conv"), numbered where it is taken."""
         name = unique_name(path.replace("/", "."), self._names)
         self._names.add(name)
         return name
+
+
+def _symbolic(arguments) -> list:
+    return [x for x in tree.flatten(arguments) if isinstance(x, keras.KerasTensor)]
 
 
 def _identity(operation, args):

@@ -357,8 +357,15 @@ def test_of_a_mask_only_those_who_meet_it_are_named():
     for (names, outputs), inputs in zip(models.items(), (words, series), strict=True):
         problems = kq.explain(keras.Model(inputs, outputs)).problems
         assert {problem.layer for problem in problems} == set(names), problems
-    greater = layers.Lambda(lambda x: ops.cast(x > ops.mean(x, -1, keepdims=True), "float32"), name="mine")(series)
-    assert kq.explain(keras.Model(series, greater)).problems
+
+
+def test_a_comparison_of_ones_own_is_named_beside_other_problems():
+    inputs = keras.Input((8, 3))
+    greater = layers.Lambda(lambda x: ops.cast(x > ops.mean(x, -1, keepdims=True), "float32"), name="mine")(inputs)
+    masked = layers.GRU(3, name="gru")(layers.Masking(name="mask")(greater))
+    layers_named = [problem.layer for problem in kq.explain(keras.Model(inputs, masked)).problems]
+    assert any(name.startswith("mine") for name in layers_named) and {"gru", "mask"} < set(layers_named)
+    assert not any("not_equal" in name for name in layers_named)
 
 
 def test_explain_prints_a_row_per_layer():
