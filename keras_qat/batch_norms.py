@@ -103,31 +103,8 @@ class NormOffset(OfStatistics):
 
 def multiplied_and_added(norm: keras.layers.BatchNormalization):
     """`(x, training) -> y`: what a batch norm makes of symbolic tensors, in the layers above. All calls share them."""
-    shape, common = (norm.moving_mean.shape[0],), {"momentum": norm.momentum, "trainable": norm.trainable}
-    factor = NormMultiplier(
-        norm.epsilon,
-        learned=norm.scale,
-        regularizer=norm.gamma_regularizer,
-        constraint=norm.gamma_constraint,
-        name=f"{norm.name}.multiplier",
-        **common,
-    )
-    factor.build(shape)
-    factor.moving.assign(norm.moving_variance)
-    if norm.scale:
-        factor.weight.assign(norm.gamma)
-    addend = NormOffset(
-        learned=norm.center,
-        regularizer=norm.beta_regularizer,
-        constraint=norm.beta_constraint,
-        name=f"{norm.name}.offset",
-        **common,
-    )
-    addend.build(shape)
-    addend.moving.assign(norm.moving_mean)
-    if norm.center:
-        addend.weight.assign(norm.beta)
-
+    factor = _part(NormMultiplier, norm, "multiplier", norm.scale, norm.moving_variance, epsilon=norm.epsilon)
+    addend = _part(NormOffset, norm, "offset", norm.center, norm.moving_mean)
     names = []
 
     def call(x, training=None):
@@ -141,3 +118,21 @@ def multiplied_and_added(norm: keras.layers.BatchNormalization):
         return result
 
     return call
+
+
+def _part(kind, norm, name, learned, statistic, **options):
+    """One of the layers above, with what a batch norm has of it."""
+    layer = kind(
+        learned=learned,
+        momentum=norm.momentum,
+        regularizer=getattr(norm, f"{kind.weight_name}_regularizer"),
+        constraint=getattr(norm, f"{kind.weight_name}_constraint"),
+        trainable=norm.trainable,
+        name=f"{norm.name}.{name}",
+        **options,
+    )
+    layer.build(statistic.shape)
+    layer.moving.assign(statistic)
+    if learned:
+        layer.weight.assign(getattr(norm, kind.weight_name))
+    return layer
