@@ -279,7 +279,7 @@ OPERATIONS: dict[str, Row] = {
         "DEPTHWISE_CONV_2D", "own", weighted.depthwise_conv_2d, (2, 3), True, refuses=_channels_last
     ),
     "Conv2DTranspose": Row("TRANSPOSE_CONV", "own", weighted.conv_2d_transpose, (2,), True, refuses=_transposed),
-    "ChannelScale": Row("DEPTHWISE_CONV_2D / ADD", "own", weighted.channel_scale, channels=(0,), fuses=True),
+    "ChannelScale": Row("DEPTHWISE_CONV_2D", "own", weighted.channel_scale, channels=(0,), fuses=True),
     "Rescale": Row("MUL", "own", arithmetic.rescale, fuses=True),
     "BatchNormalization": Row(
         "folded, DEPTHWISE_CONV_2D, or MUL and ADD", "own", arithmetic.batch_norm, refuses=_batch_norm
@@ -287,6 +287,7 @@ OPERATIONS: dict[str, Row] = {
     # arithmetic
     "ops.Add": Row("ADD", "own", arithmetic.add, fuses=True, refuses=_two_tensors),
     "ops.Subtract": Row("SUB", "own", arithmetic.subtract, fuses=True, refuses=_two_tensors),
+    "Sum": Row("ADD / SUB", "own", arithmetic.sum_of_two, fuses=True),
     "ops.Multiply": Row("MUL", "own", arithmetic.multiply, fuses=True, refuses=_two_tensors, factors=_both_inputs),
     "ops.Maximum": Row("MAXIMUM", "same", arithmetic.maximum, refuses=_two_tensors),
     "ops.Minimum": Row("MINIMUM", "same", arithmetic.minimum, refuses=_two_tensors),

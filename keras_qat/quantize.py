@@ -345,7 +345,7 @@ def _row(node, prepared: _Prepared) -> Row:
     shared = site is not None and len(decided.groups[site.group]) > 1
     norm = getattr(node.operation, "batch_norm", None)
     folded = "" if norm is None else f" + {'scaling' if isinstance(norm, ChannelScale) else type(norm).__name__}"
-    name = type(operation).__name__
+    name = getattr(operation, "stands_for", type(operation).__name__)
     if isinstance(operation, Pointwise):
         name = ", ".join(type(inner.operation).__name__ for inner in nodes_of(operation.function))
     keras_name = "BatchNormalization" if name == "ChannelScale" and folded else name + folded

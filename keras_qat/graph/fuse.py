@@ -19,9 +19,10 @@ from keras_qat.graph.walk import (
 from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.numerics import is_plain
 from keras_qat.operations import row_of
-from keras_qat.primitives import InFloat
+from keras_qat.primitives import Constant, InFloat, Sum
 from keras_qat.spec import Rules
 
+_SUMS = {"ops.Add": 1, "ops.Subtract": -1}
 _MOVES = {"RESHAPE", "TRANSPOSE", "STRIDED_SLICE"}
 
 
@@ -133,7 +134,7 @@ def _takes_over(node, offset: float, calls, rules) -> bool:
         return False
     key = key_of(node.operation)
     if key in ("Conv2DTranspose", "ChannelScale"):
-        return offset == 0 and _has_weights(node.operation)
+        return offset == 0 and not getattr(node.operation, "is_one_number", False)
     return key in {"Dense", "Conv1D", "Conv2D", "DepthwiseConv1D", "DepthwiseConv2D"}
 
 
@@ -164,8 +165,12 @@ def _wrap_weights(model, rules, input_scalings):
             if id(operation) not in wrapped:
                 wrapped[id(operation)] = InFloat(reused[operation], name=operation.name)
             return wrapped[id(operation)](*args, **kwargs)
-        if key_of(operation) == "ChannelScale" and operation.is_one_number and operation.scalars[1] == 0:
-            return Rescale(operation.scalars[0], name=operation.name)(args[0])
+        if key_of(operation) == "ChannelScale" and operation.is_one_number:
+            return _by_one_number(operation, args[0])
+        if key_of(operation) in _SUMS:
+            if id(operation) not in wrapped:
+                wrapped[id(operation)] = Sum(_SUMS[key_of(operation)], name=operation.name)
+            return connect(wrapped[id(operation)], (*args, *kwargs.values()), {}, node.outputs)
         if not _has_weights(operation):
             return reused.call(node, args, kwargs)
         if key_of(operation) == "BatchNormalization" and _is_per_tensor(operation, rules):
@@ -185,6 +190,14 @@ def _wrap_weights(model, rules, input_scalings):
     return rewrite(model, visit)
 
 
+def _by_one_number(scaling, x):
+    """A MUL by a constant, or an ADD of one."""
+    multiplier, offset = scaling.scalars
+    if offset == 0:
+        return Rescale(multiplier, name=scaling.name)(x)
+    return Sum(name=scaling.name)(x, Constant([offset], name=f"{scaling.name}.constant")(x))
+
+
 def _in_float(node, rules) -> bool:
     kind = row_of(node.operation).range_kind(node)
     return kind not in ("train", "constant") and rules.scheme_of(path_of(node.operation)) is None
@@ -192,8 +205,6 @@ def _in_float(node, rules) -> bool:
 
 def _has_weights(operation) -> bool:
     row = row_of(operation)
-    if isinstance(operation, ChannelScale) and operation.is_one_number:
-        return False  # an ADD
     return row is not None and (bool(row.channels) or key_of(operation) == "BatchNormalization")
 
 

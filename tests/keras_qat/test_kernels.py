@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from keras_qat import kernels, numerics
 from keras_qat.layers import Rescale
+from keras_qat.primitives import Sum
 from tflite_export import Op, Program, Tensor, write
 from tflite_export.runtimes import RUNTIMES, run
 
@@ -213,3 +214,38 @@ def test_rescale_rounds_once(runtime, same_grid):
         exact = (ALL_INT8.astype(float) - grid[1]) * integer * (grid[0] * scale / output_grid[0])
         expected.append(np.clip(np.floor(exact + 0.5) + output_grid[1], -128, 127).astype(int))
     assert not differing(ops.run(runtime), expected)
+
+
+# --- ADD and SUB -----------------------------------------------------------------------------------------------------
+
+
+def sum_cases() -> list:
+    """Grids of both terms and of the sum; in every third case that of both terms is the same."""
+    generator, cases = np.random.default_rng(3), []
+    for index, (first, second) in enumerate(zip(random_grids(12, seed=7), random_grids(12, seed=8), strict=True)):
+        second = first if index % 3 == 0 else second
+        coarseness = generator.uniform(0.6, 2.0)
+        output = float(np.float32(max(first[0], second[0]) * coarseness)), int(generator.integers(-128, 128))
+        cases.append((first, second, output))
+    return cases
+
+
+@each_runtime
+@pytest.mark.parametrize("kind, sign", [("ADD", 1), ("SUB", -1)])
+def test_sums_are_the_kernels(runtime, kind, sign):
+    """All pairs of integers. (XNNPACK's multipliers have 21 bits: a few in a million are on the other side of a tie.)"""
+    ops, expected, layer = OpsInParallel(), [], Sum(sign)
+    pairs = [numbers.ravel() for numbers in np.meshgrid(ALL_INT8, ALL_INT8)]
+    for first, second, output in sum_cases():
+        constant = Tensor("term", (1, 65536), "int8", (second[0],), second[1], data=pairs[1][None])
+        ops.add(kind, pairs[0], first, (65536,), output, [constant])
+        scales = [tf.constant(grid[0]) for grid in (first, second, output)]
+        terms = [(v - np.float32(zero)) * np.float32(s) for v, (s, zero) in zip(pairs, (first, second), strict=True)]
+        real = np.asarray(layer(*terms, *scales)) / np.float32(output[0])
+        expected.append(np.clip(np.round(real) + output[1], -128, 127).astype(int))
+    found = differing(ops.run(runtime), expected)
+    if runtime == "xnnpack":
+        assert sum(count for count, _ in found.values()) <= 3e-5 * 65536 * len(expected)
+        assert all(most == 1 for _, most in found.values())
+    else:
+        assert not found

@@ -37,7 +37,8 @@ def rescale(call: Call) -> None:
     if call.is_float:
         return call.op("MUL", [call.inputs[0], call.constant("factor", call.operation.factor, "float32")], call.output)
     integer, scale, _ = call.weights
-    with_scalar(call, "MUL", integer, scale)
+    factor = call.constant("constant", integer, "int8", scale=(float(scale),))
+    call.op("MUL", [call.inputs[0], factor], call.output, **call.fused())
 
 
 def slope(call: Call) -> None:
@@ -50,11 +51,6 @@ def slope(call: Call) -> None:
     call.op("PRELU", [call.inputs[0], call.constant("slopes", integers, "int8", scale=(float(scale),))], call.output)
 
 
-def with_scalar(call: Call, kind: str, integer, scale) -> None:
-    scalar = call.constant("constant", integer, "int8", scale=(float(scale),))
-    call.op(kind, [call.inputs[0], scalar], call.output, **call.fused())
-
-
 def _binary(kind: str, fuses: bool = True):
     def emit(call: Call) -> None:
         call.op(kind, call.inputs, call.output, **(call.fused() if fuses else {}))
@@ -63,6 +59,11 @@ def _binary(kind: str, fuses: bool = True):
 
 
 add, subtract, multiply = _binary("ADD"), _binary("SUB"), _binary("MUL")
+
+
+def sum_of_two(call: Call) -> None:
+    add(call) if call.operation.sign > 0 else subtract(call)
+
 
 batch_matmul = _binary("BATCH_MATMUL", fuses=False)
 

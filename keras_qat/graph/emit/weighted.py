@@ -3,7 +3,7 @@
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_qat.graph.emit.arithmetic import multiply_and_add, with_scalar
+from keras_qat.graph.emit.arithmetic import multiply_and_add
 from keras_qat.graph.emit.call import PADDINGS, PIXEL_BY_PIXEL, Call, output_size, pair
 from tflite_export import Tensor
 
@@ -119,13 +119,10 @@ def _output_shape(call: Call) -> str:
 
 
 def channel_scale(call: Call) -> None:
-    """One number added to all channels is an ADD; anything else a depthwise convolution over single pixels."""
+    """A depthwise convolution over single pixels; in float MUL and ADD."""
     if call.is_float:
         bias = call.operation.bias if call.operation.use_bias else np.zeros(1)
         return multiply_and_add(call, call.operation.kernel, bias)
-    if call.weights is None:
-        offset = call.operation.scalars[1]
-        return with_scalar(call, "ADD", np.sign(offset) * 127, max(abs(offset), 1e-30) / 127)
     image = call.as_image(call.inputs[0])
     constants = _weights_and_bias(call, _kernel(call).reshape(1, 1, 1, -1), 3, image)
     result = call.image_output(call.shape(image))
