@@ -360,7 +360,13 @@ def last_chosen(schedule: Schedule, step: int):
     return schedule(turns[-1]) if len(turns) else ops.zeros(())
 
 
-def resume(schedule: Schedule, iterations: int, sparsity: float, reached: Callable = lambda value: value) -> int:
+def resume(
+    schedule: Schedule,
+    iterations: int,
+    sparsity: float,
+    reached: Callable = lambda value: value,
+    origins: Sequence[int] = (),
+) -> int:
     """The step of a model that was saved while it was pruned and loaded again, told from what it was saved with.
 
     Args:
@@ -368,13 +374,15 @@ def resume(schedule: Schedule, iterations: int, sparsity: float, reached: Callab
         iterations: Steps that its optimizer has done.
         sparsity: Of its pruned weights.
         reached: The sparsity that the pattern makes of that of the schedule.
+        origins: After how many of those steps pruning may have begun, if that is known.
 
     Returns:
-        `iterations`, if that agrees with the sparsity. Else (the optimizer had trained before the pruning began) the
-        step at which the schedule chose masks of nearly that sparsity.
+        The steps since the first origin that agrees with the sparsity, or since 0 if that does. Else (the optimizer had
+        trained before the pruning began) the step at which the schedule chose masks of nearly that sparsity.
     """
-    if abs(float(reached(last_chosen(schedule, iterations))) - sparsity) < 0.02:
-        return iterations
+    for step in (iterations - origin for origin in (*origins, 0)):
+        if step >= 0 and abs(float(reached(last_chosen(schedule, step))) - sparsity) < 0.02:
+            return step
     steps = np.arange((schedule.begin if schedule.end is None else schedule.end) + 1)
     turns = steps[np.asarray(schedule.due(steps))]
     return int(turns[np.argmin(np.abs(np.asarray(reached(schedule(turns))) - sparsity))])

@@ -1,5 +1,6 @@
 """Removes weights while a model trains; after every single step what is removed is exactly zero."""
 
+import re
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_qat.callbacks.train_function import StepCallback, TrainFunction
-from keras_qat.pruning.masks import Masks, zero_share
+from keras_qat.pruning.masks import Masks, share_of, zeros_of
 from keras_qat.pruning.patterns import Pattern, Weights
 from keras_qat.pruning.targets import Policy, Target, find_targets, policy_of
 from keras_qat.schedules import Schedule, resume
@@ -24,10 +25,10 @@ class Pruning(StepCallback):
     Left alone unless a rule names them: norms, biases, depthwise kernels, the last layer.
 
     Masks and the step live in what Keras saves anyway: a pruned weight is an exact zero, and the step is the number of
-    steps that the optimizer has done since pruning began. So `BackupAndRestore`, a second `fit`, and a model that was
-    saved and loaded go on where they were. (The one thing that cannot be seen in a loaded model is how long its optimizer
-    had trained before pruning began; for a new callback on such a model the step is found by the sparsity, see
-    `schedules.resume`, or give it as `initial_step`.)
+    steps that the optimizer has done since pruning began. Where it had done some before, its name says so
+    ("adam_pruned_from_3000"), which is saved with it. So `BackupAndRestore`, a second `fit`, and a model that was saved and
+    loaded go on where they were. (Weights alone, loaded into a new model, do not tell where pruning began. There the step
+    is found by the sparsity, see `schedules.resume`, or give it as `initial_step`.)
 
     Every epoch's logs get `sparsity`, of all weights that are subject to it.
 
@@ -77,7 +78,8 @@ class Pruning(StepCallback):
         self.targets: list[Target] = []
         self._masks: list[Masks] = []
         self._origin: int | None = None
-        self._clock_before, self._zeros_before = 0, 0.0
+        self._clock_before: int = 0
+        self._zeros_before: dict[int, tuple[int, int]] = {}
         self._latest = self._pruned = None
 
     def _check_floor(self):
@@ -90,13 +92,13 @@ class Pruning(StepCallback):
         super().set_model(model)
         if getattr(model, "optimizer", None) is not None:
             # Now, because in `on_train_begin` BackupAndRestore may already have put the clock forward.
-            self._clock_before, self._zeros_before = self.clock(), zero_share(model)
+            self._clock_before, self._zeros_before = self.clock(), zeros_of(model)
 
     def prepare(self):
         self.targets = find_targets(self.model, self.policy, self.rules)
         self._check_others()
         schedules = {id(target.policy): self._in_steps(target.policy.schedule) for target in self.targets}
-        self._find_origin(self.targets[0].policy, schedules[id(self.targets[0].policy)])
+        self._find_origin(schedules[id(self.targets[0].policy)])
         self.step = self.clock() - self._origin
         self._warn_if_too_short(schedules.values())
         by_policy: dict[int, list[Target]] = {}
@@ -119,19 +121,28 @@ class Pruning(StepCallback):
     def _in_steps(self, schedule: Schedule) -> Schedule:
         return schedule if self.unit == "steps" else schedule.in_steps(self.steps_per_epoch())
 
-    def _find_origin(self, policy, schedule) -> None:
-        """At which count of the optimizer's clock pruning began."""
+    def _find_origin(self, schedule: Schedule) -> None:
+        """At which count of the optimizer's clock pruning began. `schedule` is that of the first target."""
         before = self._clock_before
+        was_pruned = share_of(self._zeros_before.values()) > 0.005
         if self._origin is None:
             if self.initial_step is None:
-                pruned_by_another = before > 0 and self._zeros_before > 0.005
-                reached = policy.pattern.sparsity_at
-                self.step = resume(schedule, before, self._zeros_before, reached) if pruned_by_another else 0
+                self.step = self._step_found(schedule) if before > 0 and was_pruned else 0
             self._origin = before - self.step if before else -(self.initial_step or 0)
         elif self.clock() == before == 0:
             # A new clock: compiled anew, or what became of the model (quantized, say). Without zeros it is another one.
-            goes_on = self._zeros_before > 0.005 or (self._pruned is not None and self._pruned() is self.model)
+            goes_on = was_pruned or (self._pruned is not None and self._pruned() is self.model)
             self._origin = -self.step if goes_on else 0
+        note_beginning(self.model.optimizer, self._origin)
+
+    def _step_found(self, schedule: Schedule) -> int:
+        """Of a model that another callback has pruned."""
+        policy = self.targets[0].policy
+        counts = [self._zeros_before.get(id(target.variable)) for target in self.targets if target.policy is policy]
+        sparsity = share_of(count for count in counts if count)
+        return resume(
+            schedule, self._clock_before, sparsity, policy.pattern.sparsity_at, beginnings(self.model.optimizer)
+        )
 
     def _warn_if_too_short(self, schedules) -> None:
         last = self.last_step(self.step)
@@ -194,3 +205,17 @@ class Pruning(StepCallback):
         if self._masks:
             self._enforce()  # an optimizer with use_ema has just overwritten the weights with averages
             self.step = self.clock() - self._origin
+
+
+_BEGINNING = "_pruned_from_"
+
+
+def beginnings(optimizer) -> list[int]:
+    """At which steps of an optimizer's clock pruning began, if not at 0; the latest first."""
+    return [int(step) for step in re.findall(_BEGINNING + r"(-?\d+)", optimizer.name)][::-1]
+
+
+def note_beginning(optimizer, step: int) -> None:
+    """Writes such a step into the optimizer's name: of all that Keras saves with a model it is what takes a note."""
+    if step != 0 and step not in beginnings(optimizer):
+        optimizer.name = f"{optimizer.name}{_BEGINNING}{step}"

@@ -1,6 +1,7 @@
 """The masks of a model while it is pruned: chosen when the schedule says so, enforced after every step."""
 
 import math
+from collections.abc import Iterable
 
 import keras
 import numpy as np
@@ -154,12 +155,18 @@ def _variable(shape, dtype, initializer) -> keras.Variable:
     )
 
 
-def zero_share(model: keras.Model) -> float:
-    """The share of exact zeros in the kernels that have some but are not all zero, else 0."""
-    zeros = total = 0
+def zeros_of(model: keras.Model) -> dict[int, tuple[int, int]]:
+    """How many exact zeros the kernels hold that have some but are not all zero: the variable's id → zeros, and its size."""
+    counts = {}
     for variable in model.trainable_variables:
         values = ops.convert_to_numpy(variable) if len(variable.shape) >= 2 else np.ones(1)
-        here = int(np.count_nonzero(values == 0))
-        if 0 < here < values.size:
-            zeros, total = zeros + here, total + values.size
-    return zeros / total if total else 0.0
+        zeros = int(np.count_nonzero(values == 0))
+        if 0 < zeros < values.size:
+            counts[id(variable)] = zeros, values.size
+    return counts
+
+
+def share_of(counts: Iterable[tuple[int, int]]) -> float:
+    """The zeros of all in their sizes together; 0 if there is nothing."""
+    zeros, total = np.sum([(0, 0), *counts], axis=0)
+    return float(zeros / max(total, 1))

@@ -656,6 +656,40 @@ def test_save_and_load_in_mid_training_goes_on(pattern, same_callback, tmp_path)
     assert_same(loaded, model)
 
 
+CYCLES = schedules.Cyclic(0.2, 0.8, 0, 24, cycles=3, frequency=1)
+AFTER_TRAINING = {
+    "polynomial": lambda: Pruning(LONG),
+    "cyclic": lambda: Pruning(CYCLES),
+    "endless": lambda: Pruning(schedules.Constant(0.5, frequency=3)),
+    "rules": lambda: Pruning(LONG, [kq.Rule("conv", schedules.Polynomial(0.0, 0.3, 4, 24, frequency=2))]),
+    "cycles_of_some": lambda: Pruning(0.3, [kq.Rule("dense", CYCLES)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:This fit ends")
+@pytest.mark.parametrize("trained", [0, 3])
+@pytest.mark.parametrize("name", AFTER_TRAINING)
+def test_a_model_saved_twice_while_it_was_pruned_goes_on(name, trained, tmp_path):
+    """Also one that had trained before, and by cycles, which have the same sparsity at several steps."""
+    model = tiny()
+    model.compile(optimizers.SGD(0.05, momentum=0.9), LOSS)
+    fit(model, [], epochs=trained)
+    pruning, loaded = AFTER_TRAINING[name](), model
+    for save in range(2):
+        fit(loaded, [AFTER_TRAINING[name]()], epochs=2)
+        loaded.save(tmp_path / f"{save}.keras")
+        loaded = keras.models.load_model(tmp_path / f"{save}.keras")
+    last = AFTER_TRAINING[name]()
+    fit(loaded, [last], epochs=1)
+    assert last.step == 20
+
+    whole = tiny()
+    whole.compile(optimizers.SGD(0.05, momentum=0.9), LOSS)
+    fit(whole, [], epochs=trained)
+    fit(whole, [pruning], epochs=5)
+    assert_same(loaded, whole)
+
+
 @pytest.mark.filterwarnings("ignore:This fit ends")
 @pytest.mark.parametrize("pruning_first", [True, False])
 @pytest.mark.parametrize("pretrained", [False, True])

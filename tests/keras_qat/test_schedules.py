@@ -216,6 +216,22 @@ def test_a_loaded_model_goes_on_where_it_was(iterations, expected):
     assert schedules.resume(schedule, iterations, sparsity) == expected
 
 
+@pytest.mark.parametrize(
+    "origins, expected",
+    [
+        ([30], 60),  # noted where pruning began: of the steps with that sparsity the right one
+        ([80, 30], 10),  # the latest that agrees
+        ([85, 30], 60),
+        ([], 10),  # nothing known: the first step with it
+        ([95], 10),
+    ],
+)
+def test_of_several_steps_with_one_sparsity_the_noted_beginning_decides(origins, expected):
+    schedule = Cyclic(0.2, 0.8, 0, 100, cycles=2, frequency=5)
+    assert float(schedule(10)) == float(schedule(60))
+    assert schedules.resume(schedule, 90, float(schedule(60)), origins=origins) == expected
+
+
 BAD = {
     "above": lambda: Constant(1.0),
     "below": lambda: Constant(-0.1),
