@@ -28,7 +28,8 @@ class Pruning(StepCallback):
     steps that the optimizer has done since pruning began. Where it had done some before, its name says so
     ("adam_pruned_from_3000"), which is saved with it. So `BackupAndRestore`, a second `fit`, and a model that was saved and
     loaded go on where they were. (Weights alone, loaded into a new model, do not tell where pruning began. There the step
-    is found by the sparsity, see `schedules.resume`, or give it as `initial_step`.)
+    is found by the sparsity, see `schedules.resume`, or give it as `initial_step`. What the criteria "taylor" and "movement"
+    have summed up lives in the callback, and begins anew with another one.)
 
     Every epoch's logs get `sparsity`, of all weights that are subject to it.
 
@@ -104,10 +105,13 @@ class Pruning(StepCallback):
         by_policy: dict[int, list[Target]] = {}
         for target in self.targets:
             by_policy.setdefault(id(target.policy), []).append(target)
+        scores = {name: score for masks in self._masks for name, score in masks.scores().items()} if self.step else {}
         self._masks = [
             Masks(targets[0].policy, schedules[key], targets, self.scope, self.floor)
             for key, targets in by_policy.items()
         ]
+        for masks in self._masks:
+            masks.take_scores(scores)
         self._pruned = weakref.ref(self.model)
         self._latest = keras.Variable(
             np.int64(self.step), dtype="int64", trainable=False, aggregation="only_first_replica"

@@ -55,6 +55,17 @@ class Masks:
             else:
                 self.choose(asked)
 
+    def scores(self) -> dict:
+        """The sums so far, each by what its variable is called."""
+        named = [(target.path, target.variable.name) for target in self.targets]
+        return dict(zip(named, self._scores, strict=bool(self._scores)))
+
+    def take_scores(self, sums: dict) -> None:
+        """Goes on with the sums of an earlier fit, where they are of the same variables."""
+        for name, score in self.scores().items():
+            if name in sums and sums[name].shape == score.shape:
+                score.assign(sums[name])
+
     def observe(self, gradients: dict) -> None:
         """Adds up the scores of a step. Gradients are known by the ids of their `tf.Variable`s."""
         for target, score in zip(self.targets, self._scores, strict=bool(self._scores)):

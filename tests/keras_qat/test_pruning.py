@@ -457,11 +457,17 @@ def test_zeros_stay_zeros_after_every_step_of_every_optimizer(name):
     assert not np.any(np.signbit(kernel[kernel == 0]))
 
 
-def test_a_checkpoint_in_the_middle_of_an_epoch_is_sparse(tmp_path):
+@pytest.mark.parametrize(
+    "options", [{}, {"jit_compile": True}, {"run_eagerly": True}, {"steps_per_execution": 2}], ids=str
+)
+@pytest.mark.parametrize("pattern", ["weights", "channels"])
+def test_a_checkpoint_in_the_middle_of_an_epoch_is_sparse(pattern, options, tmp_path):
     saved = keras.callbacks.ModelCheckpoint(str(tmp_path / "{batch}.keras"), save_freq=1)
-    train(tiny(), [Pruning(schedules.OneShot(0.5, 2)), saved], epochs=1)
-    shares = [zeros(keras.models.load_model(tmp_path / f"{n}.keras").get_layer("dense").kernel) for n in range(1, 5)]
-    assert shares == [0.0, 0.5, 0.5, 0.5]
+    pruning = Pruning(schedules.OneShot(0.5, 2), pattern=PATTERNS[pattern])
+    train(tiny(), [pruning, saved], epochs=1, **options)
+    files = sorted(tmp_path.glob("*.keras"))
+    shares = [zeros(keras.models.load_model(file).get_layer("dense").kernel) for file in files]
+    assert shares == ([0.5, 0.5] if options.get("steps_per_execution") else [0.0, 0.5, 0.5, 0.5])
 
 
 def linear():
@@ -619,24 +625,32 @@ def assert_same(model, other):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def whole():
-    """One fit over the whole schedule: 6 epochs of 4 steps."""
-    return begun([Pruning(LONG)], epochs=6)
-
-
 def begun(callbacks, epochs=3):
     return train(tiny(), callbacks, epochs=epochs, optimizer=optimizers.SGD(0.05, momentum=0.9))
 
 
 @pytest.mark.filterwarnings("ignore:This fit ends")
-def test_a_second_fit_goes_on(whole):
-    pruning = Pruning(LONG)
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "movement"])
+def test_a_second_fit_goes_on(criterion):
+    whole = begun([Pruning(LONG, criterion=criterion)], epochs=6)
+    pruning = Pruning(LONG, criterion=criterion)
     model = begun([pruning])
     assert pruning.step == 12
     fit(model, [pruning])
     assert pruning.step == 24
     assert_same(model, whole)
+
+
+@pytest.mark.filterwarnings("ignore:This fit ends")
+@pytest.mark.parametrize("criterion", ["taylor", "movement"])
+def test_the_sums_of_steps_go_on_in_a_loaded_model(criterion, tmp_path):
+    pruning = Pruning(LONG, criterion=criterion)
+    model = begun([pruning])
+    model.save(tmp_path / "half.keras")
+    loaded = keras.models.load_model(tmp_path / "half.keras")
+    fit(loaded, [pruning])
+    assert pruning.step == 24
+    assert_same(loaded, begun([Pruning(LONG, criterion=criterion)], epochs=6))
 
 
 @pytest.mark.filterwarnings("ignore:This fit ends")
@@ -722,6 +736,33 @@ def test_backup_and_restore(pruning_first, pretrained, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This fit ends")
+def test_restored_in_the_middle_of_an_epoch(tmp_path):
+    """Keras then begins that epoch anew; the optimizer's clock goes on, and with it the schedule."""
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if int(self.model.optimizer.iterations) == 10:
+                raise KeyboardInterrupt
+
+    def fresh():
+        model = tiny()
+        model.compile(optimizers.SGD(0.05, momentum=0.9), LOSS)
+        backup, pruning = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"), save_freq=3), Pruning(LONG)
+        return model, pruning, backup
+
+    model, *callbacks = fresh()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, [*callbacks, Interrupt()], epochs=6)
+    model, pruning, backup = fresh()
+    watch = Watch("dense")
+    fit(model, [pruning, backup, watch], epochs=6)
+    done = int(model.optimizer.iterations)
+    assert pruning.step == done and len(watch.seen) == done - 9
+    assert watch.seen[0][0] == pytest.approx(float(schedules.last_chosen(LONG, 10)), abs=0.01)
+    assert zeros(model.get_layer("dense").kernel) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:This fit ends")
 def test_compiling_anew_does_not_start_over():
     pruning, watch = Pruning(LONG), Watch("dense")
     model = begun([pruning])
@@ -756,6 +797,15 @@ def test_a_trained_model_starts_at_step_0():
     model, watch = train(tiny(), [], epochs=3), Watch("dense")
     fit(model, [Pruning(schedules.OneShot(0.5, 2)), watch], epochs=1)
     assert watch.seen == [[0.0], [0.5], [0.5], [0.5]]
+
+
+def test_layers_that_no_callback_pruned_before_start_at_step_0():
+    """Though others have, and the optimizer's clock has gone on."""
+    first = Pruning(0.5, [kq.Rule("dense", None)])
+    model, watch = train(tiny(), [first], epochs=3), Watch("conv", "dense")
+    kept = Pruning(0.5, [kq.Rule("dense", None)])
+    fit(model, [kept, Pruning(schedules.OneShot(0.25, 2), [kq.Rule("conv", None)]), watch], epochs=1)
+    assert watch.seen == [[0.5, 0.0], [0.5, 0.25], [0.5, 0.25], [0.5, 0.25]] and kept.step == 16
 
 
 def test_the_step_can_be_told():
