@@ -377,12 +377,21 @@ def resume(
         origins: After how many of those steps pruning may have begun, if that is known.
 
     Returns:
-        The steps since the first origin that agrees with the sparsity, or since 0 if that does. Else (the optimizer had
-        trained before the pruning began) the step at which the schedule chose masks of nearly that sparsity.
+        The steps since the first origin that agrees with the sparsity. If there is none, 0 for weights that are not pruned
+        at all; `iterations`, if that agrees; else (the optimizer had trained before the pruning began) the step at which
+        the schedule chose masks of nearly that sparsity.
     """
-    for step in (iterations - origin for origin in (*origins, 0)):
-        if step >= 0 and abs(float(reached(last_chosen(schedule, step))) - sparsity) < 0.02:
-            return step
+    agreeing = (iterations - origin for origin in origins if _agrees(schedule, iterations - origin, sparsity, reached))
+    if (step := next(agreeing, None)) is not None:
+        return step
+    if sparsity < 0.005:
+        return 0
+    if _agrees(schedule, iterations, sparsity, reached):
+        return iterations
     steps = np.arange((schedule.begin if schedule.end is None else schedule.end) + 1)
     turns = steps[np.asarray(schedule.due(steps))]
     return int(turns[np.argmin(np.abs(np.asarray(reached(schedule(turns))) - sparsity))])
+
+
+def _agrees(schedule: Schedule, step: int, sparsity: float, reached: Callable) -> bool:
+    return step >= 0 and abs(float(reached(last_chosen(schedule, step))) - sparsity) < 0.02

@@ -25,8 +25,7 @@ class Pruning(StepCallback):
     Left alone unless a rule names them: norms, biases, depthwise kernels, the last layer.
 
     Masks and the step live in what Keras saves anyway: a pruned weight is an exact zero, and the step is the number of
-    steps that the optimizer has done since pruning began. Where it had done some before, its name says so
-    ("adam_pruned_from_3000"), which is saved with it. So `BackupAndRestore`, a second `fit`, and a model that was saved and
+    steps that the optimizer has done since pruning began, which its name tells ("adam_pruned_from_3000"). So `BackupAndRestore`, a second `fit`, and a model that was saved and
     loaded go on where they were. (Weights alone, loaded into a new model, do not tell where pruning began. There the step
     is found by the sparsity, see `schedules.resume`, or give it as `initial_step`. What the criteria "taylor" and "movement"
     have summed up lives in the callback, and begins anew with another one.)
@@ -128,19 +127,19 @@ class Pruning(StepCallback):
     def _find_origin(self, schedule: Schedule) -> None:
         """At which count of the optimizer's clock pruning began. `schedule` is that of the first target."""
         before = self._clock_before
-        was_pruned = share_of(self._zeros_before.values()) > 0.005
         if self._origin is None:
             if self.initial_step is None:
-                self.step = self._step_found(schedule) if before > 0 and was_pruned else 0
+                self.step = self._step_found(schedule) if before > 0 else 0
             self._origin = before - self.step if before else -(self.initial_step or 0)
         elif self.clock() == before == 0:
             # A new clock: compiled anew, or what became of the model (quantized, say). Without zeros it is another one.
+            was_pruned = share_of(self._zeros_before.values()) > 0.005
             goes_on = was_pruned or (self._pruned is not None and self._pruned() is self.model)
             self._origin = -self.step if goes_on else 0
         note_beginning(self.model.optimizer, self._origin)
 
     def _step_found(self, schedule: Schedule) -> int:
-        """Of a model that another callback has pruned."""
+        """Of a model that has trained, and that another callback may have pruned."""
         policy = self.targets[0].policy
         counts = [self._zeros_before.get(id(target.variable)) for target in self.targets if target.policy is policy]
         sparsity = share_of(count for count in counts if count)
@@ -215,11 +214,11 @@ _BEGINNING = "_pruned_from_"
 
 
 def beginnings(optimizer) -> list[int]:
-    """At which steps of an optimizer's clock pruning began, if not at 0; the latest first."""
+    """At which steps of an optimizer's clock pruning began, the latest first."""
     return [int(step) for step in re.findall(_BEGINNING + r"(-?\d+)", optimizer.name)][::-1]
 
 
 def note_beginning(optimizer, step: int) -> None:
     """Writes such a step into the optimizer's name: of all that Keras saves with a model it is what takes a note."""
-    if step != 0 and step not in beginnings(optimizer):
+    if step not in beginnings(optimizer):
         optimizer.name = f"{optimizer.name}{_BEGINNING}{step}"

@@ -676,6 +676,7 @@ AFTER_TRAINING = {
     "cyclic": lambda: Pruning(CYCLES),
     "endless": lambda: Pruning(schedules.Constant(0.5, frequency=3)),
     "rules": lambda: Pruning(LONG, [kq.Rule("conv", schedules.Polynomial(0.0, 0.3, 4, 24, frequency=2))]),
+    "late": lambda: Pruning(schedules.OneShot(0.5, 18)),
     "cycles_of_some": lambda: Pruning(0.3, [kq.Rule("dense", CYCLES)]),
 }
 
