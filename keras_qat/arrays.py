@@ -16,7 +16,7 @@ _IN_NUMPY = {
         name: lambda x, axis=None, keepdims=False, function=function: function(
             x, axis=axis if axis is None else tuple(axis), keepdims=keepdims
         )
-        for name, function in (("max", np.max), ("sum", np.sum))
+        for name, function in (("max", np.max), ("min", np.min), ("sum", np.sum))
     },
     "cast": lambda x, dtype: np.asarray(x).astype(dtype)[()],
     "rsqrt": lambda x: np.asarray(keras.ops.rsqrt(x)),  # TensorFlow's own, whose last bit is not numpy's

@@ -117,7 +117,7 @@ class FakeQuant(keras.layers.Layer):
 
     def parameters(self, factors=None, constant=1.0, count=1) -> tuple[float, int]:
         """The scale and the zero point as the file gets them."""
-        low, high = numerics.widen(*[np.float32(limit) for limit in self.quantizer.known_limits()])
+        low, high = numerics.widen(*[np.float32(limit) for limit in self.quantizer.known_limits(np.float32(0))])
         if factors is not None:
             low, high, *_ = self._snapped(low, high, [np.float32(factor) for factor in factors], constant, count)
         return numerics.scale_and_zero_point(low, high, self.spec)

@@ -2,8 +2,8 @@
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_qat.arrays import ops, read_as
 from keras_qat.replicas import agreed
 from keras_qat.traced_once import traced_once
 
@@ -67,9 +67,9 @@ class MovingAverage(keras.layers.Layer):
     def was_observed(self) -> bool:
         return bool((ops.convert_to_numpy(self.seen)[:, 2] > 0).all())
 
-    def known_limits(self):
-        """The range as observed so far: the union over the sites."""
-        return _union(self.seen.value)
+    def known_limits(self, like=None):
+        """The range as observed so far: the union over the sites. Arrays where `like` is one of numpy's."""
+        return _union(read_as(like, self.seen.value))
 
     def _row_of(self, site):
         """1 in the row of this site, 0 in the others."""
