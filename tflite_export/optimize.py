@@ -7,6 +7,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export.memory import in_frugal_order
 from tflite_export.program import Op, Program
+from tflite_export.slices import crop_before_padding, merge_slices
 
 
 def optimize(program: Program) -> Program:
@@ -32,7 +33,7 @@ def merge_reshapes(program: Program) -> Program:
                 renamed[op.outputs[0]] = op.inputs[0]
                 continue
         ops.append(op)
-    return _without_unread_ops(dataclasses.replace(program, ops=ops))
+    return dataclasses.replace(program, ops=ops).without_unread_ops()
 
 
 def fold_pads(program: Program) -> Program:
@@ -49,7 +50,7 @@ def fold_pads(program: Program) -> Program:
                     options={**op.options, "padding": schema.Padding.SAME},
                 )
         ops.append(op)
-    return _without_unread_ops(dataclasses.replace(program, ops=ops))
+    return dataclasses.replace(program, ops=ops).without_unread_ops()
 
 
 def _pads_like_same(op: Op, pad: Op, program: Program) -> bool:
@@ -79,7 +80,7 @@ def flatten_for_fully_connected(program: Program) -> Program:
             if len(flat) == 2 and len(wide) == 4 and wide[1:3] == (1, 1):
                 op = dataclasses.replace(op, inputs=[before.inputs[0], *op.inputs[1:]])
         ops.append(op)
-    return _without_unread_ops(dataclasses.replace(program, ops=ops))
+    return dataclasses.replace(program, ops=ops).without_unread_ops()
 
 
 def merge_transposes(program: Program) -> Program:
@@ -100,7 +101,7 @@ def merge_transposes(program: Program) -> Program:
                 renamed[op.outputs[0]] = op.inputs[0]
                 continue
         ops.append(op)
-    return _without_unread_ops(dataclasses.replace(program, ops=ops, tensors=tensors))
+    return dataclasses.replace(program, ops=ops, tensors=tensors).without_unread_ops()
 
 
 def transpose_in_matmul(program: Program) -> Program:
@@ -123,7 +124,7 @@ def transpose_in_matmul(program: Program) -> Program:
                 factor = twin.name
             op = dataclasses.replace(op, inputs=[op.inputs[0], factor], options={**op.options, "adjY": True})
         ops.append(op)
-    return _without_unread_ops(dataclasses.replace(program, ops=ops, tensors=tensors))
+    return dataclasses.replace(program, ops=ops, tensors=tensors).without_unread_ops()
 
 
 def _swaps_last_axes(op: Op, tensors) -> bool:
@@ -147,21 +148,13 @@ REWRITES = (
     merge_reshapes,
     merge_transposes,
     transpose_in_matmul,
+    merge_slices,
+    crop_before_padding,
     fold_pads,
     flatten_for_fully_connected,
     drop_zero_biases,
     in_frugal_order,
 )
-
-
-def _without_unread_ops(program: Program) -> Program:
-    read = set(program.outputs.values())
-    kept = []
-    for op in reversed(program.ops):
-        if any(name in read for name in op.outputs):
-            kept.append(op)
-            read.update(op.inputs)
-    return dataclasses.replace(program, ops=kept[::-1])
 
 
 def _without_unused_tensors(program: Program) -> Program:

@@ -114,6 +114,15 @@ class Program:
                     users[name].append(op)
         return users
 
+    def without_unread_ops(self) -> "Program":
+        """The same without the ops whose results nobody reads."""
+        read, kept = set(self.outputs.values()), []
+        for op in reversed(self.ops):
+            if any(name in read for name in op.outputs):
+                kept.append(op)
+                read.update(op.inputs)
+        return dataclasses.replace(self, ops=kept[::-1])
+
     def check(self) -> None:
         """Raises `ValueError` where an op reads a tensor that nothing has written yet."""
         known = {name for name, tensor in self.tensors.items() if tensor.is_constant} | set(self.inputs.values())
