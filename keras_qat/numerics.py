@@ -300,9 +300,14 @@ def _parts() -> _Table:
     return _Table(np.concatenate([parts[:1], parts]))
 
 
+@functools.cache
 def has_divisors(count: int) -> bool:
-    """Whether MEAN over so many values can round alike everywhere: there are enough of them, and a D in every octave."""
-    return count >= 16 and _share_of_octave(count) < 0.9
+    """Whether MEAN over so many values can round alike everywhere: there is a D in every octave, and on the grid of what it
+    reads, or on one at most a fifth coarser, too.
+    """
+    if _share_of_octave(count) >= 0.9:
+        return False
+    return bool(kernel_divisor(np.float32(count), FEWEST_STEPS, "down", count) <= 1.2 * count)
 
 
 def _share_of_octave(count: int) -> float:

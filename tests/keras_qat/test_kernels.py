@@ -172,7 +172,7 @@ def mean_cases(count) -> list:
 
 
 @each_runtime
-@pytest.mark.parametrize("count", [16, 49, 64, 100, 1024])
+@pytest.mark.parametrize("count", [5, 9, 10, 11, 12, 13, 16, 49, 64, 100, 1024])
 def test_mean_rounds_once_on_a_moved_scale(runtime, count):
     """Everywhere but within the noise of XNNPACK's float32, which multiplies before it takes the zero point off."""
     ops, expected, unclear = OpsInParallel(), [], []

@@ -396,7 +396,21 @@ def test_snapping_is_the_same_in_xla(move):
 
 
 @pytest.mark.parametrize(
-    "count, has", [(4, False), (15, False), (16, True), (49, True), (64, True), (100, True), (127, False), (1024, True)]
+    "count, has",
+    [
+        (4, False),
+        (5, True),
+        (8, False),
+        (9, True),
+        (14, False),
+        (15, False),
+        (16, True),
+        (49, True),
+        (64, True),
+        (100, True),
+        (127, False),
+        (1024, True),
+    ],
 )
 def test_means_have_divisors_where_their_count_is_not_just_below_a_power_of_two(count, has):
     assert numerics.has_divisors(count) == has
