@@ -1,4 +1,5 @@
-"""Accuracy of modern architectures, float against int8 on LiteRT: a small ViT, a stack of ConvNeXt blocks, a GRU.
+"""Accuracy of modern architectures, float against int8 on LiteRT: a small ViT, a stack of ConvNeXt blocks, a GRU, and a
+DenseNet, whose batch norms stand alone: as depthwise convolutions, and as MUL and ADD.
 
 Trains each in float, quantizes it, without training (PTQ) and with (QAT), and measures the files. Reads .npz files with
 x_train, y_train, x_test, y_test from a folder:
@@ -6,8 +7,10 @@ x_train, y_train, x_test, y_test from a folder:
     python benchmarks/architectures.py --data_dir=path/to/data --nets=vit,convnext,gru
 """
 
+import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -20,7 +23,7 @@ import tflite_export
 from tflite_export.table import table
 
 _DATA = flags.DEFINE_string("data_dir", None, "Folder with fashion_mnist.npz, fsdd.npz and har.npz.", required=True)
-_NETS = flags.DEFINE_list("nets", ["vit", "convnext", "gru"], "Which nets to run.")
+_NETS = flags.DEFINE_list("nets", ["vit", "convnext", "gru", "densenet", "densenet_mul_add"], "Which nets to run.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "How many seeds each.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", default_out(__file__), "Where the table goes.")
 
@@ -69,11 +72,41 @@ def gru(units: int = 24) -> keras.Model:
     return keras.Model(inputs, layers.Dense(4, activation="softmax")(x), name="gru")
 
 
-# net → its builder, its data, samples to train on, epochs in float and quantized
+def densenet(growth: int = 12, layers_each: int = 4) -> keras.Model:
+    """Batch norm and relu in front of each convolution, which everything before it reaches."""
+    inputs = keras.Input((28, 28, 1))
+    x = layers.Conv2D(2 * growth, 3, strides=2, padding="same")(layers.Rescaling(1 / 255)(inputs))
+    for block in range(2):
+        for layer in range(layers_each):
+            y = layers.ReLU()(layers.BatchNormalization(momentum=0.9, name=f"block{block}_{layer}_bn")(x))
+            x = layers.Concatenate()([x, layers.Conv2D(growth, 3, padding="same", use_bias=False)(y)])
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9, name=f"block{block}_bn")(x))
+        if block == 0:
+            x = layers.AveragePooling2D()(layers.Conv2D(x.shape[-1] // 2, 1, use_bias=False)(x))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(10, activation="softmax")(x), name="densenet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A net, its data, how many samples to train on, epochs in float and quantized, and rules for `kq.quantize`."""
+
+    build: Callable[[], keras.Model]
+    data: str
+    samples: int
+    epochs: int
+    qat_epochs: int
+    rules: tuple[kq.Rule, ...] = ()
+
+
+_DENSENET = Task(densenet, "fashion_mnist", 20000, 4, 2)
+_MUL_AND_ADD = kq.Rule("*_bn", kq.Scheme(weights=kq.Spec(symmetric=True, per_channel=False)))
 _TASKS = {
-    "vit": (vit, "fashion_mnist", 20000, 5, 2),
-    "convnext": (convnext, "fsdd", 2700, 12, 4),
-    "gru": (gru, "har", 2730, 15, 4),
+    "vit": Task(vit, "fashion_mnist", 20000, 5, 2),
+    "convnext": Task(convnext, "fsdd", 2700, 12, 4),
+    "gru": Task(gru, "har", 2730, 15, 4),
+    "densenet": _DENSENET,
+    "densenet_mul_add": dataclasses.replace(_DENSENET, rules=(_MUL_AND_ADD,)),
 }
 
 
@@ -101,15 +134,15 @@ def _accuracy(probabilities, y) -> float:
 
 
 def _row(net: str, seed: int) -> tuple:
-    build, data, samples, epochs, qat_epochs = _TASKS[net]
-    x_train, y_train, x_test, y_test = _data(data, samples)
+    task = _TASKS[net]
+    x_train, y_train, x_test, y_test = _data(task.data, task.samples)
     keras.utils.set_random_seed(seed)
-    model = build()
-    _fit(model, x_train, y_train, epochs, 2e-3)
+    model = task.build()
+    _fit(model, x_train, y_train, task.epochs, 2e-3)
     accuracies = [_accuracy(model.predict(x_test, verbose=0), y_test)]
-    ptq = kq.calibrate(kq.quantize(model), x_train[:512])
-    qat = kq.quantize(model)
-    _fit(qat, x_train, y_train, qat_epochs, 3e-4)
+    ptq = kq.calibrate(kq.quantize(model, rules=task.rules), x_train[:512])
+    qat = kq.quantize(model, rules=task.rules)
+    _fit(qat, x_train, y_train, task.qat_epochs, 3e-4)
     with tempfile.TemporaryDirectory() as folder:
         for quantized in (ptq, qat):
             path = str(pathlib.Path(folder) / "model.tflite")
@@ -119,7 +152,17 @@ def _row(net: str, seed: int) -> tuple:
     lost = f"{100 * (accuracies[0] - accuracies[2]):+.2f}"
     worst = f"{report.parity.mismatch:.3%}, {report.parity.max_lsb} LSB"
     size = f"{report.summary.file_bytes:,}"
-    return net, data, seed, *shown, lost, worst, len(report.summary.ops), report.summary.is_full_int8, size
+    return (
+        net,
+        task.data,
+        seed,
+        *shown,
+        lost,
+        worst,
+        len(report.summary.ops),
+        "yes" if report.summary.is_full_int8 else "no",
+        size,
+    )
 
 
 def main(_) -> None:

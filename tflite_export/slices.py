@@ -52,7 +52,8 @@ def _picked(op: Op, program: Program) -> list[range] | None:
             return None
         shape = program.tensors[op.inputs[0]].shape
         bounds = zip(*(program.tensors[name].data.tolist() for name in op.inputs[1:]), strict=True)
-        return [range(size)[slice(*bound)] for size, bound in zip(shape, bounds, strict=True)]
+        picked = [range(size)[slice(*bound)] for size, bound in zip(shape, bounds, strict=True)]
+        return picked if all(picked) else None
     if op.kind in ("AVERAGE_POOL_2D", "MAX_POOL_2D"):
         if (options["filterHeight"], options["filterWidth"]) != (1, 1) or options.get("fusedActivationFunction"):
             return None

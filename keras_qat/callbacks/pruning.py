@@ -25,10 +25,11 @@ class Pruning(StepCallback):
     Left alone unless a rule names them: norms, biases, depthwise kernels, the last layer.
 
     Masks and the step live in what Keras saves anyway: a pruned weight is an exact zero, and the step is the number of
-    steps that the optimizer has done since pruning began, which its name tells ("adam_pruned_from_3000"). So `BackupAndRestore`, a second `fit`, and a model that was saved and
-    loaded go on where they were. (Weights alone, loaded into a new model, do not tell where pruning began. There the step
-    is found by the sparsity, see `schedules.resume`, or give it as `initial_step`. What the criteria "taylor" and "movement"
-    have summed up lives in the callback, and begins anew with another one.)
+    steps that the optimizer has done since pruning began, which its name tells ("adam_pruned_from_3000"). So
+    `BackupAndRestore`, a second `fit`, and a model that was saved and loaded go on where they were. (Weights alone, loaded
+    into a new model, do not tell where pruning began. There the step is found by the sparsity, see `schedules.resume`, or
+    give it as `initial_step`. What the criteria "taylor" and "movement" have summed up lives in the callback, and begins
+    anew with another one.)
 
     Every epoch's logs get `sparsity`, of all weights that are subject to it.
 
