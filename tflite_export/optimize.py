@@ -36,6 +36,22 @@ def merge_reshapes(program: Program) -> Program:
     return dataclasses.replace(program, ops=ops).without_unread_ops()
 
 
+def keep_reduced_axes(program: Program) -> Program:
+    """A reduction keeps its axes as ones itself where a RESHAPE behind it does nothing but bring them back."""
+    producers, consumers, tensors, ops = program.producers(), program.consumers(), program.tensors, []
+    for op in program.ops:
+        before = producers.get(op.inputs[0])
+        if op.kind == "RESHAPE" and before is not None and before.options.get("keepDims") is False:
+            shape = list(tensors[before.inputs[0]].shape)
+            for axis in np.ravel(tensors[before.inputs[1]].data):
+                shape[axis] = 1
+            is_alone = len(consumers[op.inputs[0]]) == 1 and op.inputs[0] not in program.outputs.values()
+            if is_alone and tuple(shape) == tensors[op.outputs[0]].shape:
+                op = dataclasses.replace(before, outputs=op.outputs, options={**before.options, "keepDims": True})
+        ops.append(op)
+    return dataclasses.replace(program, ops=ops).without_unread_ops()
+
+
 def fold_pads(program: Program) -> Program:
     """PAD in front of unpadded convolutions becomes their SAME padding where that pads exactly alike for all of them."""
     consumers, producers = program.consumers(), program.producers()
@@ -146,6 +162,7 @@ def drop_zero_biases(program: Program) -> Program:
 
 REWRITES = (
     merge_reshapes,
+    keep_reduced_axes,
     merge_transposes,
     transpose_in_matmul,
     merge_slices,

@@ -432,6 +432,26 @@ def test_what_scales_a_layers_result_is_folded_into_it(build, expected, tmp_path
     assert np.abs(qat(x) - model(x)).max() < 0.1 * np.ptp(model(x))
 
 
+REDUCED = {
+    "average": (lambda: layers.GlobalAveragePooling2D(), {"MEAN": 1, "CONV_2D": 2}),
+    "largest": (lambda: layers.GlobalMaxPooling2D(), {"REDUCE_MAX": 1, "CONV_2D": 2}),
+    "kept": (lambda: layers.GlobalAveragePooling2D(keepdims=True), {"MEAN": 1, "CONV_2D": 2}),
+}
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_reduction_keeps_its_axes_itself(name):
+    """What squeeze-and-excitation does: no RESHAPE between the pooling and the convolution over single pixels."""
+    pooling, expected = REDUCED[name]
+    model = model_of(layers.Conv2D(8, 2), pooling(), layers.Reshape((1, 1, 8)), layers.Conv2D(4, 1))
+    x = data()
+    qat = calibrated(model, x)
+    program = kq.freeze(qat)
+    kinds = [op.kind for op in program.ops]
+    assert {kind: kinds.count(kind) for kind in kinds} == expected
+    assert verified(qat, x).max_lsb == 0
+
+
 def test_weights_that_became_nan_are_named():
     qat = calibrated(model_of(layers.Conv2D(3, 3, name="conv")))
     wrapper_of(qat).layer.kernel.assign(np.full((3, 3, 4, 3), np.nan))
