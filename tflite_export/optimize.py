@@ -160,6 +160,16 @@ def drop_zero_biases(program: Program) -> Program:
     return dataclasses.replace(program, ops=ops)
 
 
+def share_numbers(program: Program) -> Program:
+    """Equal axes, paddings and bounds of slices are one tensor: TensorFlow Lite Micro keeps some bytes for each."""
+    kept, renamed = {}, {}
+    for name, tensor in program.tensors.items():
+        if tensor.is_constant and not tensor.scale and tensor.dtype == "int32":
+            renamed[name] = kept.setdefault((tensor.shape, tensor.batched, tensor.data.tobytes()), name)
+    ops = [dataclasses.replace(op, inputs=[renamed.get(name, name) for name in op.inputs]) for op in program.ops]
+    return dataclasses.replace(program, ops=ops)
+
+
 REWRITES = (
     merge_reshapes,
     keep_reduced_axes,
@@ -170,6 +180,7 @@ REWRITES = (
     fold_pads,
     flatten_for_fully_connected,
     drop_zero_biases,
+    share_numbers,
     in_frugal_order,
 )
 

@@ -452,6 +452,15 @@ def test_a_reduction_keeps_its_axes_itself(name):
     assert verified(qat, x).max_lsb == 0
 
 
+def test_equal_paddings_are_one_tensor():
+    model = model_of(layers.ZeroPadding2D(1), layers.MaxPooling2D(2, 1), layers.ZeroPadding2D(1), layers.MaxPooling2D())
+    x = data()
+    program = kq.freeze(calibrated(model, x))
+    pads = [op for op in program.ops if op.kind == "PAD"]
+    assert len(pads) == 2 and pads[0].inputs[1] == pads[1].inputs[1]
+    assert verified(calibrated(model, x), x).max_lsb == 0
+
+
 def test_weights_that_became_nan_are_named():
     qat = calibrated(model_of(layers.Conv2D(3, 3, name="conv")))
     wrapper_of(qat).layer.kernel.assign(np.full((3, 3, 4, 3), np.nan))
