@@ -82,7 +82,7 @@ def densenet(growth: int = 12, layers_each: int = 4) -> keras.Model:
             x = layers.Concatenate()([x, layers.Conv2D(growth, 3, padding="same", use_bias=False)(y)])
         x = layers.ReLU()(layers.BatchNormalization(momentum=0.9, name=f"block{block}_bn")(x))
         if block == 0:
-            x = layers.AveragePooling2D()(layers.Conv2D(x.shape[-1] // 2, 1, use_bias=False)(x))
+            x = layers.AveragePooling2D(2)(layers.Conv2D(x.shape[-1] // 2, 1, use_bias=False)(x))
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(10, activation="softmax")(x), name="densenet")
 
