@@ -6,14 +6,13 @@ Each one twice, with random weights: as it is, calibrated; and as a frozen backb
 with a new head and augmentation in front, whose head is trained for some steps. Each has a process of its own.
 """
 
-import concurrent.futures.process
 import dataclasses
-import multiprocessing
 import time
 
 import keras
 import numpy as np
 from absl import app, flags
+from isolated import in_own_process
 from keras import layers
 from printout import default_out, heading, publish, write
 
@@ -132,12 +131,11 @@ def measure(name: str, role: str) -> Result:
     return result
 
 
-def in_own_process(name: str, role: str) -> Result:
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(measure, name, role).result()
-        except Exception as error:  # whatever it is, the table says it, and the next one has its turn
-            return Result(reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
+def measured(name: str, role: str) -> Result:
+    try:
+        return in_own_process(measure, name, role)
+    except Exception as error:  # whatever it is, the table says it, and the next one has its turn
+        return Result(reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
 
 
 def row(name: str, role: str, result: Result) -> tuple[str, ...]:
@@ -168,7 +166,7 @@ def main(_) -> None:
     )
     for name in _ONLY.value:
         for role in ROLES:
-            rows.append(row(name, role, in_own_process(name, role)))
+            rows.append(row(name, role, measured(name, role)))
             rows[-1] += ("",) * (len(_COLUMNS) - len(rows[-1]))
             print(" ", *rows[-1], flush=True)
             text = f"{heading(title, settings, with_peer=False)}\n\n{table(_COLUMNS, rows)}"

@@ -9,7 +9,6 @@ come from one look at the numbers -1 and 1, because calibrating runs the model, 
 
 import concurrent.futures
 import cProfile
-import multiprocessing
 import pstats
 import sys
 import threading
@@ -19,6 +18,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 from absl import app, flags
+from isolated import in_own_process
 from keras import layers, ops
 from printout import default_out, heading, publish
 
@@ -102,14 +102,12 @@ def _observe(qat: keras.Model) -> None:
                 layer.quantizer.include(np.float32([-1, 1]), site)
 
 
-def in_own_process(*arguments) -> dict[str, float] | str:
+def measured(*arguments) -> dict[str, float] | str:
     """`measure` in a fresh process and on a large stack; or why there is no result."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        try:
-            return pool.submit(_on_large_stack, *arguments).result()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"[:150]
+    try:
+        return in_own_process(_on_large_stack, *arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:150]
 
 
 def _on_large_stack(*arguments) -> dict[str, float]:
@@ -133,7 +131,7 @@ def main(_) -> None:
     for chain in _CHAINS.value:
         for size in _SIZES.value:
             profile = _PROFILE.value if size == max(_SIZES.value) else None
-            rows.append(row(chain, size, in_own_process(chain, size, profile)))
+            rows.append(row(chain, size, measured(chain, size, profile)))
             print("  ", *rows[-1], flush=True)
     title = "Seconds to quantize, freeze and write chains of layers"
     settings = f"one run each; {' + '.join(_OURS)} is the sum, its milliseconds per layer should not grow"

@@ -8,21 +8,21 @@ Micro allocates. Each network has a process of its own, which gives all of its m
 """
 
 import collections
-import concurrent.futures.process
 import contextlib
 import dataclasses
 import io
-import multiprocessing
 import pathlib
 import re
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 
 import keras
 import numpy as np
 from absl import app, flags
 from ai_edge_litert.interpreter import Interpreter
+from isolated import in_own_process
 from nets import NETS
 from printout import default_out, heading, publish, write
 
@@ -214,17 +214,15 @@ def _in_short(error: Exception) -> str:
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def in_own_process(name: str, rounds: int) -> tuple[File, File]:
-    """`measure` in a fresh process, which may die without taking the others' results with it."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        try:
-            return pool.submit(measure, name, rounds).result()
-        except concurrent.futures.process.BrokenProcessPool:
-            lost = File(reason="its process died (out of memory?)")
-        except Exception as error:  # one network shall not take the others' results with it
-            lost = File(reason=_in_short(error))
-        return lost, lost
+def measured(name: str, rounds: int) -> tuple[File, File]:
+    """`measure` in a fresh process; one network shall not take the others' results with it."""
+    try:
+        return in_own_process(measure, name, rounds)
+    except BrokenProcessPool:
+        lost = File(reason="its process died (out of memory?)")
+    except Exception as error:
+        lost = File(reason=_in_short(error))
+    return lost, lost
 
 
 def row(name: str, ours: File, theirs: File) -> tuple:
@@ -299,7 +297,7 @@ def text_of(results: dict[str, tuple[File, File]], rounds: int) -> str:
 def main(_) -> None:
     results = {}
     for name in _MODELS.value:
-        results[name] = in_own_process(name, _ROUNDS.value)
+        results[name] = measured(name, _ROUNDS.value)
         print(f"  {name}: {results[name][0].reason or 'done'}", flush=True)
         write(text_of(results, _ROUNDS.value), _OUT.value)  # so far: all of them take half an hour
     publish(text_of(results, _ROUNDS.value), _OUT.value)

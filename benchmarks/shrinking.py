@@ -6,14 +6,13 @@ Half of the channels are pruned while the network trains for some steps. Then `k
 networks are quantized, calibrated, written and run. Each has a process of its own.
 """
 
-import concurrent.futures
-import multiprocessing
 import pathlib
 import tempfile
 
 import keras
 import numpy as np
 from absl import app, flags
+from isolated import in_own_process
 from keras import layers
 from printout import default_out, heading, publish, write
 
@@ -110,8 +109,7 @@ def main(_) -> None:
         "in float, by the standard deviation of the outputs"
     )
     for name in _ONLY.value:
-        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            rows += pool.submit(measure, name, _CHANNELS.value).result()
+        rows += in_own_process(measure, name, _CHANNELS.value)
         print(" ", *rows[-1], flush=True)
         text = f"{heading(title, settings, with_peer=False)}\n\n{table(_COLUMNS, rows)}"
         write(text, _OUT.value)

@@ -6,13 +6,13 @@ import sys
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
-from applications import NETWORKS, ROLES, in_own_process  # noqa: E402
+from applications import NETWORKS, ROLES, measured  # noqa: E402
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_application(name, role):
-    result = in_own_process(name, role)
+    result = measured(name, role)
     assert not result.reason, result.reason
     assert result.is_int8 and result.passed, result
