@@ -406,12 +406,16 @@ class Quantized(GridLayer):
         kernel = self.weight_quantizer.integers(read_as(input_scale, self.layer.kernel), self._per_kernel(scale))
         multiplier, bias = self._multiplier_and_bias(kernel, scale)
         step, kept = numerics.accumulator_step(input_scale, scale, multiplier, bias)
+        # A negative factor of a batch norm turns the channel's integers around, so that its scale stays positive.
+        kernel = kernel * self._per_kernel(ops.where(multiplier < 0, -kept, kept))
         if self.wide:
             step = ops.cast(kernels.snap_to_15_bits(step / output_scale), "float32") * output_scale
         elif self.batch_norm is not None and output_scale is not None:
-            step, snapped = numerics.snap_to_kernels(step, output_scale, 32.0, "nearest")
-        # A negative factor of a batch norm turns the channel's integers around, so that its scale stays positive.
-        kernel = ops.round(kernel * self._per_kernel(ops.where(multiplier < 0, -kept, kept)))
+            if isinstance(self.layer, ChannelScale):  # a batch norm alone: its integers are free to choose
+                step, kernel, snapped = numerics.snap_by_integers(step, kernel, output_scale)
+            else:
+                step, snapped = numerics.snap_to_kernels(step, output_scale, 32.0, "nearest")
+        kernel = ops.round(kernel)
         return IntegerWeights(kernel, step, ops.round(bias / step), snapped)
 
     def _weight_scale(self, input_scale, output_scale):

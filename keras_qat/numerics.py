@@ -244,6 +244,24 @@ def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1
     return ops.where(moved, output_scale * one_part_of(divisor), step), ops.cast(moved, "float32")
 
 
+@traced_once
+def snap_by_integers(step, integers, output_scale):
+    """`snap_to_kernels` for channels with one integer each, which may become smaller: D goes down to the next one that will
+    do, the integer in the same proportion. What they stand for together moves by less than a percent.
+
+    Returns:
+        The moved steps, the integers, and for each channel 1.0 if it was moved, else 0.0.
+    """
+    wanted = output_scale / step
+    divisor = ops.where(
+        wanted < 2.0, 1.0, ops.where(wanted < FEWEST_STEPS, 2.0, kernel_divisor(wanted, FEWEST_STEPS, "up"))
+    )
+    part = ops.where(wanted < 2.0, 1.0 + _SMALLEST_HAIR, one_part_of(divisor))
+    moved = ops.logical_and(step <= output_scale, step * MOST_STEPS >= output_scale)
+    step = ops.where(moved, output_scale * part, step)
+    return step, ops.where(moved, ops.round(integers * (divisor / wanted)), integers), ops.cast(moved, "float32")
+
+
 def kernel_divisor(wanted, fewest: float, move: str, count: int = 1):
     """The even number D next to `wanted` with which all kernels round alike (see `snap_to_kernels`)."""
     wanted = ops.clip(wanted, max(fewest, _smallest_divisor(count)), MOST_STEPS)

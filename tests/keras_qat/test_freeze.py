@@ -452,6 +452,21 @@ def test_a_reduction_keeps_its_axes_itself(name):
     assert verified(qat, x).max_lsb == 0
 
 
+@pytest.mark.parametrize("activation", ["relu", "linear"])
+def test_a_batch_norm_alone_is_exact_though_its_channels_differ_a_lot(activation):
+    """Some channels of a trained net fill a hundredth of their tensor's range: one step in makes many steps out."""
+    norm = layers.BatchNormalization()
+    model = model_of(layers.MaxPooling2D(2, 1), norm, layers.Activation(activation), shape=(8, 8, 64))
+    generator, spread = np.random.default_rng(0), np.exp(np.linspace(np.log(0.01), 0, 64)).astype("float32")
+    norm.set_weights([np.where(np.arange(64) % 5, 1.0, -1.0), generator.normal(size=64), 0.3 * spread, spread**2])
+    x = data((8, 8, 64)) * spread
+    qat = calibrated(model, x)
+    (layer,) = [layer for layer in qat.layers if isinstance(layer, Quantized)]
+    assert np.ptp(np.abs(np.asarray(layer.integers(np.float32(0.016), np.float32(0.04)).kernel))) > 20
+    assert verified(qat, x).max_lsb == 0
+    assert np.abs(qat(x, training=False) - model(x, training=False)).max() < 1.6  # half a step in, of 1/127 by 100
+
+
 def test_equal_paddings_are_one_tensor():
     model = model_of(layers.ZeroPadding2D(1), layers.MaxPooling2D(2, 1), layers.ZeroPadding2D(1), layers.MaxPooling2D())
     x = data()

@@ -388,6 +388,20 @@ def test_steps_out_of_reach_stay(wanted, move):
         assert np.asarray(snapped) == step and np.asarray(moved) == 0
 
 
+def test_integers_in_proportion_move_a_gain_by_a_percent_at_most():
+    steps = np.exp(np.random.default_rng(0).uniform(-11, 0.5, 4000)).astype("float32")
+    moved, integers, is_moved = numerics.snap_by_integers(steps, np.full_like(steps, 127), np.float32(1))
+    assert np.array_equal(is_moved == 1, (steps <= 1) & (steps * 8192 >= 1))
+    inside = is_moved == 1
+    np.testing.assert_allclose((integers * moved / (127 * steps))[inside], 1, atol=0.0125)
+    assert np.all(integers <= 127) and np.all(integers[inside] >= 42) and np.all(integers[~inside] == 127)
+    divisors = np.unique(np.round(1 / moved[inside]))
+    assert divisors[:4].tolist() == [1, 2, 6, 10] and np.all(divisors[1:] % 2 == 0)
+    in_tensors = numerics.snap_by_integers(tf.constant(steps), tf.fill(steps.shape, 127.0), tf.constant(1.0))
+    for ours, theirs in zip(in_tensors, (moved, integers, is_moved), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("move", ["up", "down", "nearest"])
 def test_snapping_is_the_same_in_xla(move):
     steps = np.exp(np.random.default_rng(0).uniform(-10, 0, 2000)).astype("float32")
