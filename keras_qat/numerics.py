@@ -247,7 +247,7 @@ def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1
 @traced_once
 def snap_by_integers(step, integers, output_scale):
     """`snap_to_kernels` for channels with one integer each, which may become smaller: D goes down to the next one that will
-    do, the integer in the same proportion. What they stand for together moves by less than a percent.
+    do, the integer in the same proportion. What they stand for together moves by about a percent at the most.
 
     Returns:
         The moved steps, the integers, and for each channel 1.0 if it was moved, else 0.0.
