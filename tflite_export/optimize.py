@@ -7,7 +7,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export.memory import in_frugal_order
 from tflite_export.program import Op, Program
-from tflite_export.slices import crop_before_padding, merge_slices
+from tflite_export.slices import crop_before_padding, is_alone, merge_slices
+
+_REDUCTIONS = ("MEAN", "REDUCE_MAX", "REDUCE_MIN")
 
 
 def optimize(program: Program) -> Program:
@@ -41,12 +43,11 @@ def keep_reduced_axes(program: Program) -> Program:
     producers, consumers, tensors, ops = program.producers(), program.consumers(), program.tensors, []
     for op in program.ops:
         before = producers.get(op.inputs[0])
-        if op.kind == "RESHAPE" and before is not None and before.options.get("keepDims") is False:
+        if op.kind == "RESHAPE" and is_alone(before, _REDUCTIONS, program, consumers):
             shape = list(tensors[before.inputs[0]].shape)
             for axis in np.ravel(tensors[before.inputs[1]].data):
                 shape[axis] = 1
-            is_alone = len(consumers[op.inputs[0]]) == 1 and op.inputs[0] not in program.outputs.values()
-            if is_alone and tuple(shape) == tensors[op.outputs[0]].shape:
+            if tuple(shape) == tensors[op.outputs[0]].shape:
                 op = dataclasses.replace(before, outputs=op.outputs, options={**before.options, "keepDims": True})
         ops.append(op)
     return dataclasses.replace(program, ops=ops).without_unread_ops()

@@ -13,7 +13,7 @@ def merge_slices(program: Program) -> Program:
     program, ops = dataclasses.replace(program, tensors=dict(program.tensors)), []
     for op in program.ops:
         before, picked = producers.get(op.inputs[0]), _picked(op, program)
-        if picked is not None and _is_alone(before, ("STRIDED_SLICE",), program, consumers):
+        if picked is not None and is_alone(before, ("STRIDED_SLICE",), program, consumers):
             first = _picked(before, program)
             if first is not None:
                 both = [one[other.start : other.stop : other.step] for one, other in zip(first, picked, strict=True)]
@@ -28,14 +28,14 @@ def crop_before_padding(program: Program) -> Program:
     program, ops = dataclasses.replace(program, tensors=dict(program.tensors)), []
     for op in program.ops:
         before, picked = producers.get(op.inputs[0]), _picked(op, program)
-        if picked is not None and _is_alone(before, ("PAD", "PADV2"), program, consumers):
+        if picked is not None and is_alone(before, ("PAD", "PADV2"), program, consumers):
             ops += _turned_around(before, op, picked, program)
         else:
             ops.append(op)
     return dataclasses.replace(program, ops=ops).without_unread_ops()
 
 
-def _is_alone(producer: Op | None, kinds: tuple[str, ...], program: Program, consumers) -> bool:
+def is_alone(producer: Op | None, kinds: tuple[str, ...], program: Program, consumers) -> bool:
     """Whether an op of one of these kinds writes for one reader only."""
     if producer is None or producer.kind not in kinds:
         return False
