@@ -415,8 +415,10 @@ class Quantized(GridLayer):
                 step, kernel, snapped = numerics.snap_by_integers(step, kernel, output_scale)
             else:
                 step, snapped = numerics.snap_to_kernels(step, output_scale, 32.0, "nearest")
-        kernel = ops.round(kernel)
-        return IntegerWeights(kernel, step, ops.round(bias / step), snapped)
+        kernel, bias = ops.round(kernel), ops.round(bias / step)
+        if output_scale is not None and not self.wide:
+            step = ops.minimum(step, numerics.LARGEST_MULTIPLIER * output_scale)
+        return IntegerWeights(kernel, step, bias, snapped)
 
     def _weight_scale(self, input_scale, output_scale):
         """The real value of one step of a weight per channel, and where it was made a little larger for the kernels.

@@ -22,6 +22,8 @@ SMALLEST_SPAN = 4e-6
 _SCALE_OF_NOTHING = 1e-10
 # Biases are kept below 2^30 steps of their accumulator: the rest of int32 is for the sums.
 _LARGEST_BIAS = 2.0**30
+# XNNPACK refuses accumulators whose step is 256 of the output's. With 255 any but 0 is outside of the output's range too.
+LARGEST_MULTIPLIER = 255.0
 
 
 def widen(low, high):

@@ -63,10 +63,21 @@ class Constant(keras.layers.Layer):
         shape: Of the weight, if there are no values.
         trainable: Whether it is learned.
         regularizer, constraint: Of the weight.
+        per_sample: Each sample gets a copy, for what does not broadcast. The first axis of the values has size 1 then.
     """
 
-    def __init__(self, values=None, shape=None, trainable=False, regularizer=None, constraint=None, **kwargs):
+    def __init__(
+        self,
+        values=None,
+        shape=None,
+        trainable=False,
+        regularizer=None,
+        constraint=None,
+        per_sample: bool = False,
+        **kwargs,
+    ):
         super().__init__(**{**kwargs, "trainable": trainable, "dtype": "float32"})
+        self.per_sample = per_sample
         self.regularizer, self.constraint = keras.regularizers.get(regularizer), keras.constraints.get(constraint)
         self.values = None if values is None else np.asarray(values, "float32")
         self.shape = tuple(shape) if values is None else self.values.shape
@@ -83,10 +94,11 @@ class Constant(keras.layers.Layer):
         )
 
     def call(self, x):
-        return ops.convert_to_tensor(self.value)
+        value = ops.convert_to_tensor(self.value)
+        return ops.broadcast_to(value, (ops.shape(x)[0], *self.shape[1:])) if self.per_sample else value
 
     def compute_output_spec(self, x):
-        return keras.KerasTensor(self.shape, "float32")
+        return keras.KerasTensor((x.shape[0], *self.shape[1:]) if self.per_sample else self.shape, "float32")
 
     def get_config(self):
         return {
@@ -95,6 +107,7 @@ class Constant(keras.layers.Layer):
             "trainable": self.trainable,
             "regularizer": keras.regularizers.serialize(self.regularizer),
             "constraint": keras.constraints.serialize(self.constraint),
+            "per_sample": self.per_sample,
         }
 
 

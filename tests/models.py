@@ -108,11 +108,11 @@ def subclassed():
 STYLES = {f.__name__: f for f in (sequential, functional, nested, shared, shared_dense, two_outputs, subclassed)}
 
 
-def converted(model, images):
-    """TFLiteConverter's PTQ of the float model."""
+def converted(model, images, samples=8):
+    """TFLiteConverter's PTQ of the float model, calibrated with the first images."""
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = lambda: ([image[None]] for image in images[:8])
+    converter.representative_dataset = lambda: ([image[None]] for image in images[:samples])
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.inference_input_type = converter.inference_output_type = tf.int8
     return converter.convert()

@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import math
 import re
 import traceback
 
@@ -12,6 +11,8 @@ from keras import ops, tree
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_losses import collected, with_losses
 from keras_qat.graph.moved_weights import MovedWeights, watched
+from keras_qat.graph.open_batch import DependsOnBatch, run_on_two_batches
+from keras_qat.graph.symbolic import lenient
 from keras_qat.graph.walk import Graph, clone, forget_calls, key_of, nodes_of, rebuild
 from keras_qat.primitives import Constant
 from tflite_export.program import unique_name
@@ -45,7 +46,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[G
     inputs = _inputs_of(model) if inputs is None else inputs
     tracer = _Tracer(is_primitive, lowering_of)
     open_axes = _dynamic_axes(inputs)
-    with _left_untouched(model), _batch_left_open_in_reshapes(), _rules_noted(tracer):
+    with _left_untouched(model), lenient(), _rules_noted(tracer):
         outputs = tracer.open(model, (inputs,), {}, path="")
     tracer.warn_of_doubles()
     for output in tree.flatten(outputs):
@@ -143,7 +144,7 @@ class _Tracer:
             graph, tensors, outputs = self._run_rule(run_call, call, composite, args, kwargs)
         else:
             with watched(composite) as tape:
-                graph, tensors, outputs = run_call(call, composite, args, kwargs)
+                graph, tensors, outputs = _run_users_call(call, composite, args, kwargs)
         if graph is None:
             return outputs
         return self._visit_graph(graph, tensors, composite, kwargs, path, tape)
@@ -163,7 +164,8 @@ class _Tracer:
             inner_path = path if is_core else _join(path, _plain_name(inner))
             return self.visit(inner, inner_args, inner_kwargs, inner_path)
 
-        return rebuild(graph, visit, tensors)
+        outputs = rebuild(graph, visit, tensors)
+        return outputs if tape is None else self._moved.restored(composite, tape, outputs)
 
     def _regularized(self, operation, outputs, path):
         """What was opened no longer is the layer that has an `activity_regularizer`; an Identity behind it has it."""
@@ -289,10 +291,24 @@ def _functional_graph(composite):
     return composite if isinstance(composite, keras.Function) and key_of(composite) is not None else None
 
 
-def run_call(call, composite, args, kwargs):
+def _run_users_call(call, composite, args, kwargs):
+    """`run_call`; where that fails because the batch is open, with batches of given sizes."""
+    try:
+        return run_call(call, composite, args, kwargs)
+    except Exception as error:
+        try:
+            return run_on_two_batches(lambda size: run_call(call, composite, args, kwargs, size))
+        except DependsOnBatch:
+            raise
+        except Exception:
+            raise error from None
+
+
+def run_call(call, composite, args, kwargs, batch=None):
     """Runs `call` on fresh symbolic tensors. Returns its graph, or (None, ..) if `call` just passes inputs through."""
     originals = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
-    stand_ins = {id(x): keras.KerasTensor(x.shape, x.dtype) for x in originals}
+    shape_of = lambda x: (batch, *x.shape[1:]) if x.shape and x.shape[0] is None else x.shape  # noqa: E731
+    stand_ins = {id(x): keras.KerasTensor(shape_of(x), x.dtype) for x in originals}
     swap = lambda x: stand_ins.get(id(x), x)  # noqa: E731
     inner_args, inner_kwargs = tree.map_structure(swap, args), tree.map_structure(swap, kwargs)
     parameters = inspect.signature(call).parameters
@@ -326,32 +342,6 @@ def _left_untouched(model):
             layer._losses[:] = losses
 
 
-_Reshape = type(ops.reshape(keras.KerasTensor((None, 2)), (-1, 2))._keras_history.operation)
-
-
-@contextlib.contextmanager
-def _batch_left_open_in_reshapes():
-    """`ops.reshape(x, (ops.shape(x)[0], -1))`: the batch is None on symbolic tensors, and shall stay open beside a -1."""
-    plain = _Reshape.compute_output_spec
-
-    def compute_output_spec(self, x):
-        self.newshape = _with_open_batch(tuple(self.newshape), x.shape)
-        return plain(self, x)
-
-    _Reshape.compute_output_spec = compute_output_spec
-    try:
-        yield
-    finally:
-        _Reshape.compute_output_spec = plain
-
-
-def _with_open_batch(shape: tuple, old: tuple) -> tuple:
-    if not shape or shape[0] is not None or None in (*shape[1:], *old[1:]):
-        return shape
-    sizes = [size for size in shape[1:] if size != -1]
-    return (-1, *[math.prod(old[1:]) // math.prod(sizes) if size == -1 else size for size in shape[1:]])
-
-
 def original(operation):
     """What a stand-in for something that could not be opened stands for; anything else itself."""
     return operation.operation if isinstance(operation, _Closed) else operation
@@ -375,6 +365,8 @@ def _why_closed(operation, error) -> str:
         return str(error).replace(". ", ".\n", 1)  # what it is, and the way out
     if type(operation).__module__.startswith("keras."):
         return _NO_FORM
+    if isinstance(error, DependsOnBatch):
+        return f"Its call computes with the size of the batch. {error}"
     line = _line_of(error)
     if "TensorFlow function" in str(error):
         return f"Its call uses TensorFlow's functions, which cannot be traced: {line}."

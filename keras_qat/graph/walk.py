@@ -85,7 +85,7 @@ def rebuild(model, visit: Callable, inputs: list):
     values = {id(old): new for old, new in zip(model.inputs, inputs, strict=True)}
     for node in nodes_of(model):
         args, kwargs = node.arguments.fill_in(values)
-        outputs = tree.flatten(visit(node, args, kwargs))
+        outputs = [x for x in tree.flatten(visit(node, args, kwargs)) if x is not None]
         values.update({id(old): new for old, new in zip(node.outputs, outputs, strict=True)})
     new = lambda x: values[id(x)] if isinstance(x, keras.KerasTensor) else x  # noqa: E731
     return tree.map_structure(new, model._outputs_struct)
@@ -187,7 +187,7 @@ def calls_of(model) -> collections.Counter:
     return collections.Counter(id(node.operation) for node in nodes_of(model))
 
 
-_Node = type(keras.Input(())._keras_history.operation._inbound_nodes[0])
+Node = type(keras.Input(())._keras_history.operation._inbound_nodes[0])
 
 
 def connect(operation, args, kwargs, like):
@@ -196,7 +196,7 @@ def connect(operation, args, kwargs, like):
     Running it is what costs most of the time that a rewrite takes. Returns one tensor, or a list of several.
     """
     outputs = [keras.KerasTensor(tensor.shape, tensor.dtype) for tensor in like]
-    _Node(operation, args, kwargs, outputs)
+    Node(operation, args, kwargs, outputs)
     return outputs if len(outputs) > 1 else outputs[0]
 
 

@@ -1,5 +1,6 @@
 """Arithmetic of keras.ops: with constants, with weights of custom layers, and what TFLite has only in parts."""
 
+import functools
 import math
 
 import keras
@@ -19,6 +20,7 @@ _BINARY = {
     "ops.Maximum": ops.maximum,
     "ops.Minimum": ops.minimum,
 }
+_MERGING = {name.removeprefix("ops."): function for name, function in _BINARY.items()}
 
 
 def _binary(operation, args, kwargs):
@@ -46,6 +48,14 @@ def _binary(operation, args, kwargs):
         with_constant = _scaled(key, values, at, operand) if per_channel else None
     with_constant = with_constant or _with_tensor(key, values, at, operand)
     return lambda *arguments: with_constant(arguments[at])
+
+
+def _merged(layer, args, kwargs):
+    """A merging layer with constants among what it merges."""
+    function = _MERGING[key_of(layer)]
+    if all(isinstance(x, keras.KerasTensor) for x in args[0]):
+        return None
+    return lambda tensors: functools.reduce(function, tensors)
 
 
 def _scaled(key, values, at, operand):
@@ -189,6 +199,7 @@ def _dot(operation, args, kwargs):
 
 
 RULES = {
+    **dict.fromkeys(_MERGING, _merged),
     **dict.fromkeys([*_BINARY, "ops.TrueDivide", "ops.Divide"], _binary),
     "ops.Clip": _clip,
     "ops.Square": _square,

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_qat.compounds import TransposedMatmul
 from keras_qat.graph.lower.weights import dense_of, is_learned, penalties
+from keras_qat.graph.walk import key_of
 from keras_qat.primitives import Constant
 
 
@@ -26,13 +27,6 @@ def _at(axis: int, key, rank: int) -> tuple:
     keys = [slice(None)] * rank
     keys[axis] = key
     return tuple(keys)
-
-
-def _reshape(operation, args, kwargs):
-    """One whose batch was left open while tracing (see trace.py) is made anew, so that it can be saved."""
-    if None not in tuple(operation.get_config().get("newshape", ())):
-        return None
-    return lambda x, *_: ops.reshape(x, operation.newshape)
 
 
 def _swap_axes(operation, args, kwargs):
@@ -147,17 +141,50 @@ def _softmax(operation, args, kwargs):
     return lambda x, *_: ops.transpose(ops.softmax(ops.transpose(x, order), axis=-1), order)
 
 
+def _join(operation, args, kwargs):
+    """With constants, which each sample gets a copy of: a class token."""
+    if all(isinstance(x, keras.KerasTensor) for x in args[0]):
+        return None
+
+    def join(tensors):
+        anchor = _first_tensor(tensors)
+        tensors = [x if isinstance(x, keras.KerasTensor) else _for_each_sample(x)(anchor) for x in tensors]
+        if key_of(operation) == "ops.Stack":
+            return ops.stack(tensors, axis=operation.axis)
+        return ops.concatenate(tensors, axis=operation.axis)
+
+    return join
+
+
+def _first_tensor(tensors):
+    return next(x for x in tensors if isinstance(x, keras.KerasTensor))
+
+
+def _for_each_sample(values) -> Constant:
+    if np.shape(values)[0] != 1:
+        raise ValueError(f"It joins a constant of the shape {np.shape(values)}. Expected: 1 in front, for one sample.")
+    constant = np.asarray(values, "float32")
+    return Constant(constant, trainable=is_learned(values), per_sample=True, name="constant", **penalties(values))
+
+
+def _identity(layer, args, kwargs):
+    return lambda inputs: inputs
+
+
 RULES = {
+    "Concatenate": _join,
     "Embedding": _embedding,
+    "Identity": _identity,
     "RepeatVector": _repeat_vector,
     "ReversibleEmbedding": _reversible_embedding,
+    "ops.Concatenate": _join,
     "ops.Flip": _flip,
     "ops.Moveaxis": _move_axes,
     "ops.Repeat": _repeat,
-    "ops.Reshape": _reshape,
     "ops.Roll": _roll,
     "ops.Softmax": _softmax,
     "ops.Split": _split,
+    "ops.Stack": _join,
     "ops.Swapaxes": _swap_axes,
     "ops.Take": _take,
     "ops.Tile": _tile,

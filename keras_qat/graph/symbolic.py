@@ -1,0 +1,73 @@
+"""What layers do when they run on arrays, and Keras does not let them do on symbolic tensors."""
+
+import contextlib
+
+import keras
+from keras import ops, tree
+
+from keras_qat.graph.walk import Node
+
+_OPERATORS = {
+    "add": ops.add,
+    "sub": ops.subtract,
+    "mul": ops.multiply,
+    "truediv": ops.true_divide,
+    "pow": ops.power,
+    "matmul": ops.matmul,
+    "mod": ops.mod,
+    "floordiv": ops.floor_divide,
+}
+_COMPARISONS = {
+    "lt": ops.less,
+    "le": ops.less_equal,
+    "gt": ops.greater,
+    "ge": ops.greater_equal,
+    "eq": ops.equal,
+    "ne": ops.not_equal,
+}
+
+
+_Reshape = type(ops.reshape(keras.KerasTensor((None, 2)), (-1, 2))._keras_history.operation)
+
+
+@contextlib.contextmanager
+def lenient():
+    """Weights may stand on the left of an operator, and layers may return None among their tensors.
+
+    One thing is not let through that Keras does: None for the size of the batch in a reshape, beside a -1.
+    """
+    operators = {f"__{name}__": function for name, function in (_OPERATORS | _COMPARISONS).items()}
+    replaced = [(keras.Variable, name, _either(name, function)) for name, function in operators.items()]
+    replaced += [
+        (Node, "__init__", _without_nones(Node.__init__)),
+        (_Reshape, "compute_output_spec", _with_sizes(_Reshape.compute_output_spec)),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    try:
+        for owner, name, method in replaced:
+            setattr(owner, name, method)
+        yield
+    finally:
+        for owner, name, method in before:
+            setattr(owner, name, method)
+
+
+def _either(name, function):
+    method = getattr(keras.Variable, name)
+    return lambda self, other: (function if isinstance(other, keras.KerasTensor) else method)(self, other)
+
+
+def _without_nones(init):
+    def __init__(self, operation, call_args=None, call_kwargs=None, outputs=None):
+        init(self, operation, call_args, call_kwargs, [x for x in tree.flatten(outputs) if x is not None])
+
+    return __init__
+
+
+def _with_sizes(compute_output_spec):
+    def compute(self, x):
+        if None in tree.flatten(self.newshape):
+            raise TypeError(f"Reshape to {self.newshape}: a size is open.")
+        return compute_output_spec(self, x)
+
+    return compute
