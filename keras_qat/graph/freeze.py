@@ -149,7 +149,7 @@ class _Freezer:
         value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
         made_by = getattr(value, "node", None)
         is_constant = made_by is not None and row_of_node(made_by).range_kind(made_by) == "constant"
-        shape = like.shape if is_constant and like.shape[0] is not None else (1, *like.shape[1:])
+        shape = like.shape if is_constant and None not in like.shape else (1, *like.shape[1:])
         name = value.name if isinstance(value, _Pending) else f"{value}/integers"
         dtype = "int16" if node.operation.spec.bits == 16 else "int8"
         tensor = self.program.add(Tensor(name, shape, dtype, scale=(float(scale),), zero_point=zero_point))

@@ -6,12 +6,14 @@ that it holds for any: a -1 in a reshape, one sample in place of many alike.
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras import ops, tree
 
 from keras_qat.graph.walk import key_of
 
 # The first has many divisors; the second is twice as large, so that quotients which are rounded show.
 _SIZES = (12, 24)
+_ARRAYS = (np.ndarray, tf.Tensor)
 _Tile = type(ops.tile(keras.KerasTensor((1,)), 1)._keras_history.operation)
 
 
@@ -84,14 +86,14 @@ def _for_any_batch(node, options, depending):
 
 def _merged(one, other):
     """What two runs gave for the same thing."""
-    if isinstance(one, keras.KerasTensor):
+    if one is other or isinstance(one, keras.KerasTensor):
         return one
-    if isinstance(one, int) and isinstance(other, int) and one != other:
-        if one * _SIZES[1] == other * _SIZES[0]:
-            return _Open()
-        raise DependsOnBatch(f"It computes {one} and {other} from batches of {_SIZES[0]} and {_SIZES[1]}.")
-    if getattr(one, "shape", None) != getattr(other, "shape", None):
+    if isinstance(one, int) and isinstance(other, int) and one != other and one * _SIZES[1] == other * _SIZES[0]:
+        return _Open()
+    if getattr(one, "shape", ()) != getattr(other, "shape", ()):
         return _one_sample(one, other)
+    if isinstance(one, (int, float, *_ARRAYS)) and not np.array_equal(one, other):
+        raise DependsOnBatch("It computes numbers from it.")
     return one
 
 

@@ -29,10 +29,12 @@ _COMPARISONS = {
 
 _Reshape = type(ops.reshape(keras.KerasTensor((None, 2)), (-1, 2))._keras_history.operation)
 
+_Ndim = type(ops.ndim(keras.KerasTensor((1,)))._keras_history.operation)
+
 
 @contextlib.contextmanager
 def lenient():
-    """Weights may stand on the left of an operator, and layers may return None among their tensors.
+    """Weights may stand on the left of an operator, layers may return None among their tensors, `ops.ndim` gives a number.
 
     One thing is not let through that Keras does: None for the size of the batch in a reshape, beside a -1.
     """
@@ -40,6 +42,7 @@ def lenient():
     replaced = [(keras.Variable, name, _either(name, function)) for name, function in operators.items()]
     replaced += [
         (Node, "__init__", _without_nones(Node.__init__)),
+        (_Ndim, "symbolic_call", lambda self, x: len(x.shape)),
         (_Reshape, "compute_output_spec", _with_sizes(_Reshape.compute_output_spec)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
