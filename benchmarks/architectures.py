@@ -175,10 +175,21 @@ def _row(net: str, seed: int) -> tuple:
 
 def main(_) -> None:
     rows = [_row(net, seed) for net in _NETS.value for seed in range(_SEEDS.value)]
-    headings = ("net", "data", "seed", "float", "peer", "PTQ", "QAT", "lost, points", "parity", "ops", "full int8", "bytes")
-    settings = (
-        "accuracy in % on the test split, the quantized ones on LiteRT (peer: TFLiteConverter's PTQ); parity of the QAT file on 200 samples"
+    headings = (
+        "net",
+        "data",
+        "seed",
+        "float",
+        "peer",
+        "PTQ",
+        "QAT",
+        "lost, points",
+        "parity",
+        "ops",
+        "full int8",
+        "bytes",
     )
+    settings = "accuracy in % on the test split, the quantized ones on LiteRT (peer: TFLiteConverter's PTQ); parity of the QAT file on 200 samples"
     title = heading("Architectures in int8", settings, with_peer=False)
     publish(f"{title}\n\n{table(headings, rows)}", _OUT.value)
 

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_qat import kernels
 from keras_qat.layers import GridLayer, _calibrating
+from keras_qat.truths import packed, unpacked
 
 # What the weights of masked places may add up to, next to the largest one of their row.
 _LEAK = 2.0**-8
@@ -39,21 +40,22 @@ class Mask(keras.layers.Layer):
     that a softmax gives them nothing there.
 
     Args:
-        keep: Where scores stay, as an array of truth values that broadcasts to them; or what `get_config` has for it.
+        keep: Where scores stay, as an array of truth values that broadcasts to them, or what `get_config` has for it; None
+            where a tensor tells.
     """
 
-    def __init__(self, keep, **kwargs):
+    def __init__(self, keep=None, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})
-        self.keep = _unpacked(keep)
+        self.keep = unpacked(keep)
 
-    def call(self, x):
-        return ops.where(self.keep, x, _FAR_BELOW)
+    def call(self, x, keep=None):
+        return ops.where(self.keep if keep is None else keep, x, _FAR_BELOW)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
+    def compute_output_spec(self, x, keep=None):
+        return keras.KerasTensor(x.shape, "float32")
 
     def get_config(self):
-        return {**super().get_config(), "keep": _packed(self.keep)}
+        return {**super().get_config(), "keep": packed(self.keep)}
 
 
 @keras.saving.register_keras_serializable("keras_qat")
@@ -65,38 +67,27 @@ class Scores(keras.layers.Layer):
 
     Args:
         factor: What the softmax multiplies the scores with.
-        keep: Of the `Mask` behind, if there is one.
+        keep: Of the `Mask` behind, if there is one. Rows of which nothing is kept have no say.
     """
 
     def __init__(self, factor: float = 1.0, keep=None, **kwargs):
         super().__init__(**{**kwargs, "dtype": "float32"})
-        self.factor, self.keep = float(factor), None if keep is None else _unpacked(keep)
+        self.factor, self.keep = float(factor), unpacked(keep)
 
-    def call(self, x, training=None):
+    def call(self, x, keep=None, training=None):
         if not (training or _calibrating.get()):
             return x
-        seen = x if self.keep is None else ops.where(self.keep, x, _FAR_BELOW)
-        lowest_best = ops.stop_gradient(ops.min(ops.max(seen, axis=-1)))
+        keep = self.keep if keep is None else keep
+        seen = x if keep is None else ops.where(keep, x, _FAR_BELOW)
+        best = ops.max(seen, axis=-1)
+        lowest_best = ops.stop_gradient(ops.min(ops.where(best > _FAR_BELOW, best, ops.max(best))))
         return ops.maximum(seen, lowest_best - np.log(x.shape[-1] / _LEAK) / self.factor)
 
-    def compute_output_shape(self, input_shape):
-        return input_shape
+    def compute_output_spec(self, x, *args, **kwargs):
+        return keras.KerasTensor(x.shape, "float32")
 
     def get_config(self):
-        keep = None if self.keep is None else _packed(self.keep)
-        return {**super().get_config(), "factor": self.factor, "keep": keep}
-
-
-def _packed(flags: np.ndarray) -> tuple[list[int], str]:
-    return list(flags.shape), np.packbits(flags).tobytes().hex()
-
-
-def _unpacked(flags) -> np.ndarray:
-    if isinstance(flags, np.ndarray):
-        return flags.astype(bool)
-    shape, bits = flags
-    size = int(np.prod(shape))
-    return np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=size).astype(bool).reshape(shape)
+        return {**super().get_config(), "factor": self.factor, "keep": packed(self.keep)}
 
 
 class _Wide(keras.layers.Layer):

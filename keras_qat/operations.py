@@ -25,9 +25,9 @@ import keras
 
 from keras_qat import numerics
 from keras_qat.compounds import Probabilities
-from keras_qat.graph.emit import arithmetic, functions, pooling, resizing, shapes, weighted, wide
+from keras_qat.graph.emit import arithmetic, functions, pooling, resizing, shapes, truths, weighted, wide
 from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS
-from keras_qat.graph.walk import key_of
+from keras_qat.graph.walk import is_index, key_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +236,15 @@ def _masks(node):
     )
 
 
+def _casts(node):
+    if is_index(node.input_tensors[0]) and not is_index(node.outputs[0]):
+        return (
+            "It computes with whole numbers of an input that counts something.",
+            "Give the model what comes of it as an input of its own, or use it as the mask of an attention.",
+        )
+    return None
+
+
 def _resizes(node):
     op = node.operation
     if op.antialias or op.crop_to_aspect_ratio or op.pad_to_aspect_ratio or len(node.input_tensors[0].shape) != 4:
@@ -343,7 +352,10 @@ OPERATIONS: dict[str, Row] = {
     "ops.Argmax": Row("ARG_MAX", "index", pooling.index_of_largest),
     # inside of normalizations, attention and recurrent cells
     "InverseRoot": Row("RSQRT or a look-up", "own", functions.inverse_root),
-    "Mask": Row("MINIMUM", "rounded", wide.mask),
+    "Mask": Row("MINIMUM or SELECT_V2", "rounded", truths.mask),
+    "Comparison": Row("NOT_EQUAL and the like", "index", truths.comparison),
+    "Logic": Row("LOGICAL_AND, LOGICAL_OR", "index", truths.logic),
+    "Not": Row("LOGICAL_NOT", "index", truths.negation),
     "Narrow": Row("QUANTIZE", "own", wide.narrow, factors=_both_inputs),
     "Probabilities": Row("SOFTMAX", "fixed", wide.probabilities, limits=Probabilities.LIMITS, bits=16),
     "WideAdd": Row("ADD", "own", wide.wide_add, bits=16),
@@ -357,7 +369,7 @@ OPERATIONS: dict[str, Row] = {
     # training only, or refused
     "Masking": Row("-", "train", refuses=_masks),
     "Identity": _TRAINING_ONLY,
-    "ops.Cast": _TRAINING_ONLY,
+    "ops.Cast": dataclasses.replace(_TRAINING_ONLY, refuses=_casts),
     "ops.ConvertToTensor": _TRAINING_ONLY,
     "ops.Copy": _TRAINING_ONLY,
     "ops.StopGradient": _TRAINING_ONLY,

@@ -5,7 +5,7 @@ import dataclasses
 import keras
 from keras import tree
 
-from keras_qat.graph.walk import Graph, Reused, connect, fresh_inputs, nodes_of, producers_of, rebuild
+from keras_qat.graph.walk import Graph, Reused, connect, fresh_inputs, is_index, nodes_of, producers_of, rebuild
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale
 from keras_qat.operations import row_of
 from keras_qat.primitives import Clamp, Pointwise
@@ -68,11 +68,6 @@ class Plan:
     behind: dict[int, Site] = dataclasses.field(default_factory=dict)
     groups: list[list[Site]] = dataclasses.field(default_factory=list)
     products: set[int] = dataclasses.field(default_factory=set)
-
-
-def is_index(tensor) -> bool:
-    """Whether a tensor holds numbers that count something (ids of words), not values on a grid."""
-    return tensor.dtype in ("bool", "int32", "int64", "uint32")
 
 
 def row_of_node(node):

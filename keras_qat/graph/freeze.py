@@ -6,9 +6,9 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_qat.graph.annotate import GONE, is_index, row_of_node
+from keras_qat.graph.annotate import GONE, row_of_node
 from keras_qat.graph.emit.call import Call
-from keras_qat.graph.walk import input_names, nodes_of, output_names, path_of
+from keras_qat.graph.walk import input_names, is_index, nodes_of, output_names, path_of
 from keras_qat.layers import FakeQuant, Quantized, Rescale, require_qat
 from keras_qat.primitives import Slope
 from tflite_export import Op, Program, Tensor, with_io_types
@@ -89,7 +89,7 @@ class _Freezer:
     def begin(self, tensor) -> None:
         if is_index(tensor):
             name = tensor._keras_history.operation.name
-            self.values[id(tensor)] = self.program.add(Tensor(name, (1, *tensor.shape[1:]), "int32"))
+            self.values[id(tensor)] = self.program.add(Tensor(name, (1, *tensor.shape[1:]), _type_of_index(tensor)))
             self.program.inputs[name] = self.values[id(tensor)]
             return
         self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name, shape=tensor.shape)
@@ -116,7 +116,8 @@ class _Freezer:
         elif kind == "float":
             result = self._in_float(node, sources)
         elif kind == "index":
-            result = self.program.add(Tensor(node.operation.name, (1, *node.outputs[0].shape[1:]), "int32"))
+            output = node.outputs[0]
+            result = self.program.add(Tensor(node.operation.name, (1, *output.shape[1:]), _type_of_index(output)))
             self._emit(node, sources, result, None)
         else:
             result = _Pending(node, sources, node.operation.name)
@@ -198,6 +199,10 @@ def _require_finite(layer, weights) -> None:
             f"Layer {path_of(layer)!r}: its weights hold NaN or infinite values, which no integer stands for. Training has "
             "diverged: go back to a checkpoint, and lower the learning rate or clip gradients (kq.callbacks.GradientClipping)."
         )
+
+
+def _type_of_index(tensor) -> str:
+    return "bool" if tensor.dtype == "bool" else "int32"
 
 
 def _data_inputs(node, kind: str):

@@ -1,7 +1,7 @@
-"""Weights that a call transposes, reshapes or computes with before it uses them.
+"""Weights that a call transposes, reshapes, cuts or computes with before it uses them.
 
-What keras.ops reads is a plain tensor by then, which would no longer be learned. Moved weights become weights again; of what
-was computed from weights the user is told.
+What keras.ops reads is a plain tensor by then, which would no longer be learned. Moved weights, and the first rows of one,
+become weights again; of what was computed from weights the user is told.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ class MovedWeights:
         sources, is_known = _sources(layer, tape, value), tape is not None
         if not sources or (not is_known and value.shape.num_elements() < 2):
             return value
-        alike = [weight for weight in sources if _same_numbers(weight, value)]
+        alike = [weight for weight in sources if _same_numbers(weight, value) or _is_beginning_of(weight, value)]
         differ = np.ptp(value) > 0  # or else any constant could be it, or two weights become one
         if len(alike) == 1 and (len(sources) == 1 if is_known else differ):
             return self._weight(layer, alike[0], value)
@@ -90,6 +90,11 @@ def _same_numbers(weight, value) -> bool:
     if np.size(weight) != np.size(value):
         return False
     return np.array_equal(np.sort(np.ravel(weight)), np.sort(np.ravel(value)))
+
+
+def _is_beginning_of(weight, value) -> bool:
+    """Whether it is the first rows of the weight: of a table of positions, those that there are."""
+    return 1 < np.size(value) < np.size(weight) and np.array_equal(np.ravel(weight)[: np.size(value)], np.ravel(value))
 
 
 def _warn_of_constant(layer, weights, is_known) -> None:

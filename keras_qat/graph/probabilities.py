@@ -8,6 +8,7 @@ from keras_qat.compounds import Mask, Narrow, Probabilities, Scores, WideMatmul
 from keras_qat.graph.walk import Reused, key_of, nodes_of, producers_of, readers_of, rewrite
 from keras_qat.layers import Rescale
 from keras_qat.operations import row_of
+from tflite_export.program import unique_name
 
 _MOVES = ("Reshape", "ops.ExpandDims", "ops.Reshape", "ops.Squeeze", "ops.Transpose")
 
@@ -30,17 +31,21 @@ def refine_probabilities(model, stays_in_float: Callable = lambda node: False):
     absorbed = {id(node) for attention in attentions if attention.weighs for node in attention.scalings}
     wide = {id(node) for attention in attentions for node in attention.matmuls}
     ends = {id(graph.end_of(node)) for attention in attentions for node in attention.sums}
+    names: list[str] = []
 
     def visit(node, args, kwargs):
         if id(node) in begins:
-            args = (_scores(begins[id(node)], args[0], graph), *args[1:])
+            args = (_scores(begins[id(node)], *args, graph=graph), *args[1:])
         if id(node) in absorbed:
             return args[0]
         name = node.operation.name
         if id(node) in weights:
             return Probabilities(weights[id(node)], name=name)(args[0])
         result = WideMatmul(name=name)(*args, **kwargs) if id(node) in wide else reused.call(node, args, kwargs)
-        return Narrow(name=f"{name}.narrow")(result) if id(node) in ends else result
+        if id(node) not in ends:
+            return result
+        names.append(unique_name(f"{name}.narrow", names))  # a shared layer ends several
+        return Narrow(name=names[-1])(result)
 
     return rewrite(model, visit)
 
@@ -94,16 +99,16 @@ def _attention(softmax, graph) -> _Attention | None:
     return _Attention(softmax, begin, [node for node in chain if _is_scaling(node)], sums, product)
 
 
-def _scores(attention: _Attention, x, graph):
+def _scores(attention: _Attention, x, *keep, graph):
     """Tells the range to the op that writes the scores. If that is none with a range of its own, one is put in for masks."""
     operation = attention.begin.operation
-    mask = operation.keep if isinstance(operation, Mask) else None
+    is_mask = isinstance(operation, Mask)
     name = f"{attention.softmax.operation.name}.scores"
     if not graph.has_own_range(attention.begin.input_tensors[0]):
-        if mask is None:
+        if not is_mask:
             return x
         x = Rescale(name=f"{name}.copy")(x)
-    return Scores(attention.factor, mask, name=name)(x)
+    return Scores(attention.factor, operation.keep if is_mask else None, name=name)(x, *(keep if is_mask else ()))
 
 
 @dataclasses.dataclass

@@ -1,11 +1,12 @@
 """What layers do when they run on arrays, and Keras does not let them do on symbolic tensors."""
 
 import contextlib
+import functools
 
 import keras
 from keras import ops, tree
 
-from keras_qat.graph.walk import Node
+from keras_qat.graph.walk import Node, key_of
 
 _OPERATORS = {
     "add": ops.add,
@@ -42,6 +43,7 @@ def lenient():
     replaced = [(keras.Variable, name, _either(name, function)) for name, function in operators.items()]
     replaced += [
         (Node, "__init__", _without_nones(Node.__init__)),
+        (keras.Layer, "symbolic_call", _by_running(keras.Layer.symbolic_call)),
         (_Ndim, "symbolic_call", lambda self, x: len(x.shape)),
         (_Reshape, "compute_output_spec", _with_sizes(_Reshape.compute_output_spec)),
     ]
@@ -58,6 +60,26 @@ def lenient():
 def _either(name, function):
     method = getattr(keras.Variable, name)
     return lambda self, other: (function if isinstance(other, keras.KerasTensor) else method)(self, other)
+
+
+def _by_running(symbolic_call):
+    """What a layer with a `call` of its own returns is found by running it, as Keras does inside of another layer: what it
+    says of that may have been inherited. So it is where a layer leaves sizes open (`EinsumDense("abc,cd->abd", (None, 8))`).
+    """
+
+    def call(self, *args, **kwargs):
+        run = functools.partial(keras.Operation.compute_output_spec, self, *args, **kwargs)
+        if key_of(self) is None:
+            with contextlib.suppress(Exception):
+                return run()
+        outputs = symbolic_call(self, *args, **kwargs)
+        return run() if _has_open_sizes(outputs) and not _has_open_sizes((args, kwargs)) else outputs
+
+    return call
+
+
+def _has_open_sizes(structure) -> bool:
+    return any(isinstance(x, keras.KerasTensor) and None in x.shape[1:] for x in tree.flatten(structure))
 
 
 def _without_nones(init):

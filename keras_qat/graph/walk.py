@@ -149,6 +149,11 @@ def _filled_from(layer, twin) -> set[int]:
     return filled
 
 
+def is_index(tensor) -> bool:
+    """Whether a tensor holds truth values or numbers that count something (ids of words), not values on a grid."""
+    return tensor.dtype in ("bool", "int32", "int64", "uint32")
+
+
 def key_of(operation) -> str | None:
     """What the table of operations knows this by: "Conv2D" for a layer, "ops.Add" for a keras.ops operation.
 

@@ -163,7 +163,10 @@ class NumbersTheSamples(layers.Layer):
     [
         (DividesByTheBatch, "computes with the size of the batch. It computes numbers from it"),
         (OtherSteps, "computes with the size of the batch. It takes other steps where the batch has another size"),
-        (NumbersTheSamples, "computes with the size of the batch. It makes constants that differ from sample to sample"),
+        (
+            NumbersTheSamples,
+            "computes with the size of the batch. It makes constants that differ from sample to sample",
+        ),
     ],
 )
 def test_what_does_not_hold_for_every_batch_is_refused(layer, words):

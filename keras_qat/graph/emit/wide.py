@@ -2,23 +2,7 @@
 
 import dataclasses
 
-import numpy as np
-
 from keras_qat.graph.emit.call import Call
-
-
-def mask(call: Call) -> None:
-    """MINIMUM with the lowest number where the mask hides."""
-    keep = call.operation.keep
-    if call.is_float:
-        limits = call.constant("mask", np.where(keep, np.finfo("float32").max, -1e9), "float32")
-    else:
-        grid = call.program.tensors[call.output]
-        low, high = grid.integer_range
-        low = max(low, -high) if grid.dtype == "int16" else low  # 16-bit grids are symmetric
-        integers = np.where(keep, high, low)
-        limits = call.constant("mask", integers, grid.dtype, scale=grid.scale, zero_point=grid.zero_point)
-    call.op("MINIMUM", [call.inputs[0], limits], call.output)
 
 
 def _widened(call: Call, name: str) -> str:

@@ -16,6 +16,7 @@ from keras_qat.graph.lower import (
     recurrent,
     scalings,
     shapes,
+    truths,
     volumes,
     wrappers,
 )
@@ -32,6 +33,7 @@ _FAMILIES = [
     recurrent,
     scalings,
     shapes,
+    truths,
     volumes,
     wrappers,
 ]

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qat.graph.lower import truths
 from keras_qat.graph.lower.attention import added_mask
 from keras_qat.graph.lower.weights import dense_of, is_learned, penalties
 from keras_qat.graph.walk import key_of
@@ -27,6 +28,8 @@ def _binary(operation, args, kwargs):
     """`x + c`, `c - x`, `x * c`, `x / c` with numbers, arrays or weights; `x / y` of two tensors."""
     key = key_of(operation).replace("TrueDivide", "Divide")
     tensors = [isinstance(x, keras.KerasTensor) for x in args]
+    if key in ("ops.Minimum", "ops.Maximum", "ops.Multiply") and (of_truths := truths.logic(operation, args, kwargs)):
+        return of_truths
     if len(args) != 2 or all(tensors):
         return (lambda x, y: ops.multiply(x, ops.reciprocal(y))) if key == "ops.Divide" and len(args) == 2 else None
     at = tensors.index(True)

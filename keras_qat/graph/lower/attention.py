@@ -10,9 +10,12 @@ from keras import ops
 from keras_qat.compounds import Mask
 from keras_qat.graph.lower import contractions
 from keras_qat.graph.lower.moves import reshaped, transposed
+from keras_qat.graph.lower.truths import truth_of
 from keras_qat.graph.lower.weights import dense_of
+from keras_qat.graph.walk import is_index
 from keras_qat.layers import ChannelScale
 from keras_qat.primitives import Constant
+from keras_qat.truths import Logic, Not
 
 # What code puts in for masked scores, or adds to them, is far below this; no score is.
 _BELOW_ALL_SCORES = -1e3
@@ -44,7 +47,9 @@ def _by_group(added, heads, length, shape):
     if added is None or shape[0] == heads:
         return added
     whole = (heads, length, shape[-1])
-    if isinstance(added, keras.KerasTensor):
+    if is_computed(added) and added.shape[1:3] == (1, 1) and added.dtype == "bool":
+        return added
+    if is_computed(added):
         return ops.reshape(ops.broadcast_to(added, (added.shape[0], *whole)), (-1, *shape))
     return np.broadcast_to(added, (1, *whole)).reshape(1, *shape)
 
@@ -76,21 +81,31 @@ def added_mask(values: np.ndarray):
 
 
 def _all_of(*masks):
-    given = [_constant(mask) for mask in masks if mask is not None]
-    return functools.reduce(np.logical_and, given) if given else None
+    """One mask of several, constant ones and computed ones; None if there is none."""
+    masks = [mask for mask in masks if mask is not None]
+    constant = [np.asarray(mask, bool) for mask in masks if not is_computed(mask)]
+    computed = [truth_of(mask) for mask in masks if is_computed(mask)]
+    if not computed:
+        return functools.reduce(np.logical_and, constant) if constant else None
+    both = functools.reduce(lambda one, other: Logic("logical_and", name="mask")(one, other), computed)
+    return Logic("logical_and", functools.reduce(np.logical_and, constant), name="mask")(both) if constant else both
 
 
-def _constant(mask) -> np.ndarray:
-    if isinstance(mask, keras.KerasTensor):
-        raise TypeError("The mask is computed by the model. Expected: a constant mask.")
-    return np.asarray(mask, bool)
+def is_computed(mask) -> bool:
+    return isinstance(mask, keras.KerasTensor)
 
 
 def masked(scores, keep):
     """`scores` where `keep` is true, out of the softmax's sight elsewhere."""
+    if is_computed(keep):
+        if len(keep.shape) != len(scores.shape):
+            raise ValueError(
+                f"It masks scores of the shape {scores.shape}. Received: a mask of the shape {keep.shape}."
+            )
+        return Mask(name="mask")(scores, truth_of(keep))
     if keep is None or np.all(keep):
         return scores
-    keep = _constant(keep)
+    keep = np.asarray(keep, bool)
     keep = keep.reshape((1,) * (len(scores.shape) - keep.ndim) + keep.shape)
     if keep.shape[0] != 1 or not np.all(np.any(keep, axis=-1)):
         raise ValueError(
@@ -101,14 +116,20 @@ def masked(scores, keep):
 
 
 def _where(operation, args, kwargs):
-    """With a constant mask: scores out of the softmax's sight, or a choice between a tensor and a constant."""
+    """Scores out of the softmax's sight; with a constant mask a choice between a tensor and a constant too."""
     condition, *sides = [*args, *kwargs.values()]
-    tensors = [isinstance(side, keras.KerasTensor) for side in sides]
-    if isinstance(condition, keras.KerasTensor) or len(sides) != 2 or all(tensors) or not any(tensors):
+    tensors = [is_computed(side) for side in sides]
+    if len(sides) != 2 or all(tensors) or not any(tensors):
         return None
-    at, condition = tensors.index(True), np.asarray(condition, bool)
+    at = tensors.index(True)
     values = np.asarray(sides[1 - at], "float32")
-    if np.all(values <= _BELOW_ALL_SCORES):
+    hides = bool(np.all(values <= _BELOW_ALL_SCORES))
+    if is_computed(condition):
+        if not (hides and is_index(condition)):
+            return None
+        return lambda keep, x, y: masked((x, y)[at], keep if at == 0 else Not(name="mask")(truth_of(keep)))
+    condition = np.asarray(condition, bool)
+    if hides:
         return lambda _, x, y: masked((x, y)[at], condition if at == 0 else ~condition)
     constant = Constant(values.reshape((1,) * max(1 - values.ndim, 0) + values.shape), name="constant")
     if at == 0:
@@ -117,7 +138,7 @@ def _where(operation, args, kwargs):
 
 
 def _softmax_layer(layer, args, kwargs):
-    """With a constant mask; over several axes at once as over one that holds them all."""
+    """With a mask; over several axes at once as over one that holds them all."""
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
 
     def softmax(inputs, mask=None):
@@ -127,8 +148,12 @@ def _softmax_layer(layer, args, kwargs):
             if len(axes) > 1 or mask is not None:
                 raise ValueError(f"Expected the last axes. Received: axis={layer.axis} of {rank}.")
             return ops.softmax(inputs, axis=axes[0])
-        if mask is not None:
-            mask = np.broadcast_to(_constant(mask), (1, *inputs.shape[1:])).reshape(1, *inputs.shape[1:first], -1)
+        if is_computed(mask) and first != rank - 1:
+            raise ValueError(f"It masks several axes at once, {layer.axis}. Expected: a constant mask, or one axis.")
+        if mask is not None and not is_computed(mask):
+            mask = np.broadcast_to(np.asarray(mask, bool), (1, *inputs.shape[1:])).reshape(
+                1, *inputs.shape[1:first], -1
+            )
         scores = reshaped(inputs, (-1, *inputs.shape[1:first], int(np.prod(inputs.shape[first:]))))
         return reshaped(ops.softmax(masked(scores, mask), axis=-1), (-1, *inputs.shape[1:]))
 
@@ -146,7 +171,7 @@ def _multi_head_attention(layer, args, kwargs):
     def attend(query, value, key=None, attention_mask=None, use_causal_mask=False, **kwargs):
         if use_causal_mask:
             causal = _causal_mask(query.shape[1], value.shape[1])[None]
-            attention_mask = causal if attention_mask is None else causal & _constant(attention_mask)
+            attention_mask = _all_of(attention_mask, causal)
         takes_scores = kwargs.get("return_attention_scores") or getattr(layer, "dropout", 0) > 0
         repeats = getattr(layer, "num_repeats", 1)
         with _attribute(layer, num_repeats=repeats if takes_scores else 1):
@@ -176,10 +201,13 @@ def _attention(layer, args, kwargs):
 
     def attend(inputs, mask=None, training=None, return_attention_scores=False, use_causal_mask=False):
         query, value, key = inputs[0], inputs[1], inputs[-1]
-        if any(one is not None for one in mask or ()):
-            raise TypeError("The mask is computed by the model. Expected: a constant mask.")
+        of_query, of_value = (*(mask or ()), None, None)[:2]
+        if of_query is not None:
+            raise ValueError("It is given a mask of its queries. Expected: one of its values, mask=[None, mask].")
         scores = scores_of(query, key)
-        weights = ops.softmax(masked(scores, _causal_mask(*scores.shape[-2:]) if use_causal_mask else None), axis=-1)
+        causal = _causal_mask(*scores.shape[-2:])[None] if use_causal_mask else None
+        keep = _all_of(of_value if of_value is None else ops.expand_dims(of_value, -2), causal)
+        weights = ops.softmax(masked(scores, keep), axis=-1)
         result = ops.matmul(weights if dropout is None else dropout(weights), value)
         return (result, weights) if return_attention_scores else result
 

@@ -1,0 +1,74 @@
+"""Masks that are computed from whole numbers: which ids are padding, which places come later."""
+
+import keras
+import numpy as np
+
+from keras_qat.graph.walk import is_index
+from keras_qat.truths import COMPARISONS, CONNECTIVES, Comparison, Logic, Not
+
+_MIRRORED = {"less": "greater", "less_equal": "greater_equal", "greater": "less", "greater_equal": "less_equal"}
+# Of numbers that are 0 or not, these are logic.
+_LOGIC_OF_NUMBERS = {"minimum": "logical_and", "multiply": "logical_and", "maximum": "logical_or"}
+
+
+def truth_of(x):
+    """Where a symbolic tensor of whole numbers is not 0."""
+    return x if x.dtype == "bool" else Comparison("not_equal", name="truth")(x)
+
+
+def _name_of(operation) -> str:
+    """The name of the function in keras.ops."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in type(operation).__name__)[1:]
+
+
+def _comparison(operation, args, kwargs):
+    function = _name_of(operation)
+    tensors = [x for x in args if isinstance(x, keras.KerasTensor)]
+    constants = [x for x in args if not isinstance(x, keras.KerasTensor)]
+    if len(tensors) != 1 or not is_index(tensors[0]) or tensors[0].dtype == "bool" or np.size(constants[0]) != 1:
+        return None
+    if isinstance(args[1], keras.KerasTensor):
+        function = _MIRRORED.get(function, function)
+    comparison = Comparison(function, np.ravel(constants[0])[0], name=operation.name)
+    return lambda *operands: comparison(next(x for x in operands if isinstance(x, keras.KerasTensor)))
+
+
+def logic(operation, args, kwargs):
+    """Of truth values, and of whole numbers that stand for them: those next to 0 and 1."""
+    function = _name_of(operation)
+    function = _LOGIC_OF_NUMBERS.get(function, function)
+    tensors = [x for x in args if isinstance(x, keras.KerasTensor)]
+    others = [np.asarray(x) for x in args if not isinstance(x, keras.KerasTensor)]
+    if not tensors or not all(map(is_index, tensors)) or not all(np.all((x == 0) | (x == 1)) for x in others):
+        return None
+
+    def combined(*args):
+        symbolic = [truth_of(x) for x in args if isinstance(x, keras.KerasTensor)]
+        constants = [np.asarray(x) != 0 for x in args if not isinstance(x, keras.KerasTensor)]
+        return Logic(function, *constants, name=operation.name)(*symbolic)
+
+    return combined
+
+
+def _not(operation, args, kwargs):
+    return (lambda x: Not(name=operation.name)(truth_of(x))) if is_index(args[0]) else None
+
+
+def _cast(operation, args, kwargs):
+    """Between whole numbers and truth values. Truth values that become numbers stay what they are."""
+    x, wanted = args[0], operation.dtype
+    if not is_index(x) or wanted not in ("bool", "int8", "uint8", "int32", "int64"):
+        return None
+    return truth_of if wanted == "bool" else lambda x: x
+
+
+def _class_name(function: str) -> str:
+    return "ops." + "".join(part.capitalize() for part in function.split("_"))
+
+
+RULES = {
+    **{_class_name(function): _comparison for function in COMPARISONS},
+    **{_class_name(function): logic for function in CONNECTIVES},
+    "ops.Cast": _cast,
+    "ops.LogicalNot": _not,
+}
