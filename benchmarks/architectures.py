@@ -1,5 +1,5 @@
 """Accuracy of modern architectures, float against int8 on LiteRT: a small ViT, a stack of ConvNeXt blocks, a GRU, and a
-DenseNet, whose batch norms stand alone: as depthwise convolutions, and as MUL and ADD.
+DenseNet, whose batch norms stand alone: as MUL and ADD, and as depthwise convolutions.
 
 Trains each in float, quantizes it, without training (PTQ) and with (QAT), and measures the files, and that of TFLiteConverter's
 PTQ of the same float model. Reads .npz files with x_train, y_train, x_test, y_test from a folder:
@@ -29,7 +29,7 @@ from models import converted  # noqa: E402
 _CALIBRATION = 512
 
 _DATA = flags.DEFINE_string("data_dir", None, "Folder with fashion_mnist.npz, fsdd.npz and har.npz.", required=True)
-_NETS = flags.DEFINE_list("nets", ["vit", "convnext", "gru", "densenet", "densenet_mul_add"], "Which nets to run.")
+_NETS = flags.DEFINE_list("nets", ["vit", "convnext", "gru", "densenet", "densenet_per_channel"], "Which nets to run.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "How many seeds each.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", default_out(__file__), "Where the table goes.")
 
@@ -106,13 +106,13 @@ class Task:
 
 
 _DENSENET = Task(densenet, "fashion_mnist", 20000, 4, 2)
-_MUL_AND_ADD = kq.Rule("*_bn", kq.Scheme(weights=kq.Spec(symmetric=True, per_channel=False)))
+_PER_CHANNEL = kq.Rule("*", kq.Scheme(per_channel_norms=True))
 _TASKS = {
     "vit": Task(vit, "fashion_mnist", 20000, 5, 2),
     "convnext": Task(convnext, "fsdd", 2700, 12, 4),
     "gru": Task(gru, "har", 2730, 15, 4),
     "densenet": _DENSENET,
-    "densenet_mul_add": dataclasses.replace(_DENSENET, rules=(_MUL_AND_ADD,)),
+    "densenet_per_channel": dataclasses.replace(_DENSENET, rules=(_PER_CHANNEL,)),
 }
 
 

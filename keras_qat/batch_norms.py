@@ -1,7 +1,7 @@
 """A batch norm that stands alone, with one scale for all of its channels: MUL by one constant and ADD of another.
 
-`x · m + (beta - mean(x) · m)` with `m = gamma / sqrt(variance(x) + epsilon)`. The depthwise convolution that such a norm is
-otherwise has a scale for each channel, and one op less; but TensorFlow Lite Micro keeps 8 bytes of arena for each of them.
+`x · m + (beta - mean(x) · m)` with `m = gamma / sqrt(variance(x) + epsilon)`. With `Scheme(per_channel_norms=True)` it is a
+depthwise convolution with a scale for each channel, and one op less; but TensorFlow Lite Micro keeps 8 bytes of arena for each.
 """
 
 import keras

@@ -22,7 +22,7 @@ from keras import layers, ops
 import keras_qat as kq
 import tflite_export
 from keras_qat.graph.lower import RULES, lowering_of
-from keras_qat.graph.walk import key_of
+from keras_qat.graph.walk import is_index, key_of
 from keras_qat.layers import FakeQuant
 from keras_qat.operations import row_of
 from tflite_export.ops import BUILTINS
@@ -103,6 +103,7 @@ _CALLS: dict[str, Callable] = {
     "ops.broadcast_to": lambda: _on((1, 4), lambda x: ops.broadcast_to(x, (None, 4, 4))),
     "ops.depthwise_conv": lambda x: ops.depthwise_conv(x, np.full((2, 4, 1), 0.5, "float32")),
     "ops.dot_product_attention": lambda: _on((4, 2, 4), lambda x: ops.dot_product_attention(x, x, x)),
+    "ops.equal (x, constant)": lambda: _of_words(lambda words: ops.equal(words, 1)),
     "ops.einsum": lambda x, y: ops.einsum("btc,bsc->bts", x, y),
     "ops.flip": lambda x: ops.flip(x, axis=1),
     "ops.image.rgb_to_grayscale": lambda: _on((4, 4, 3), ops.image.rgb_to_grayscale),
@@ -110,6 +111,7 @@ _CALLS: dict[str, Callable] = {
     "ops.max": lambda x: ops.max(x, axis=-1),
     "ops.mean": lambda x: ops.mean(x, axis=-1),
     "ops.min": lambda x: ops.min(x, axis=-1),
+    "ops.not_equal (x, constant)": lambda: _of_words(lambda words: ops.not_equal(words, 0)),
     "ops.repeat": lambda x: ops.repeat(x, 2, axis=1),
     "ops.roll": lambda x: ops.roll(x, 1, axis=1),
     "ops.split": lambda x: ops.split(x, 2, axis=1),
@@ -125,6 +127,13 @@ _CALLS: dict[str, Callable] = {
     "ops.var": lambda x: ops.var(x, axis=-1),
     "ops.where": lambda x, y: ops.where(np.arange(4) % 2 == 0, x, y),
 }
+
+
+def _of_words(truth):
+    """Truth values from whole numbers, beside something that has a range."""
+    words, x = keras.Input((4,), dtype="int32"), keras.Input((4,))
+    return keras.Model([words, x], [truth(words), ops.relu(x)])
+
 
 _SHAPES = [(4, 4), (4, 4, 4), (4,), (4, 4, 4, 4)]  # tried in turn: a series, an image, a vector, a volume
 _TRIES = 3
@@ -143,7 +152,7 @@ RANGES = {
     "rounded": "the result shares its input's range, and is rounded to it again",
     "joined": "its inputs' range, which it has a say in",
     "fixed": "known beforehand: TFLite prescribes the range, or the operation itself ends it",
-    "-": "the result is not on a grid: whole numbers",
+    "-": "the result is not on a grid: whole numbers, or truth values",
 }
 _INTRODUCTION = """\
 # What becomes of Keras layers and functions
@@ -341,7 +350,7 @@ def _examined(name: str, model: keras.Model) -> Entry:
         problem = explanation.problems[0]
         return Entry(name, key, refusal=f"{problem.reason} {problem.way_out}")
     kinds = _frozen_ops(model)
-    range_kind = "-" if "int" in model.outputs[0].dtype else _range(explanation)
+    range_kind = "-" if is_index(model.outputs[0]) else _range(explanation)
     return Entry(name, key, kinds, range_kind, " ".join(_notes(node, kinds)))
 
 

@@ -13,8 +13,7 @@ class Spec:
         bits: 2 to 8, or 16 (of tensors inside of attention; no scheme asks for it yet).
         symmetric: zero point 0, and the range leaves out the lowest integer (-127..127), as TFLite wants of weights and
             of everything in 16 bits.
-        per_channel: one scale per output channel instead of one per tensor. A batch norm that stands alone is one op with
-            it, and without it MUL and ADD.
+        per_channel: one scale per output channel instead of one per tensor.
     """
 
     bits: int = 8
@@ -36,11 +35,20 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """A pair of specs under a name that `kq.quantize(model, scheme=...)` takes."""
+    """How a model is quantized; `kq.quantize(model, scheme=...)` takes it, or its name.
+
+    Args:
+        name: Of the scheme.
+        activations, weights: Of the tensors between layers, and of kernels.
+        per_channel_norms: Batch norms that stand alone have a scale for each channel: one DEPTHWISE_CONV_2D instead of MUL
+            and ADD. It is quicker and more precise before training, and takes 8 bytes of TensorFlow Lite Micro's arena for
+            each channel.
+    """
 
     name: str = "int8"
     activations: Spec = Spec()
     weights: Spec = Spec(symmetric=True, per_channel=True)
+    per_channel_norms: bool = False
 
 
 SCHEMES = {"int8": Scheme()}

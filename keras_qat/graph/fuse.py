@@ -209,7 +209,8 @@ def _has_weights(operation) -> bool:
 
 
 def _is_per_tensor(norm, rules) -> bool:
-    return is_plain(norm) and not rules.scheme_of(path_of(norm)).weights.per_channel
+    has_more = not is_plain(norm) or norm.activity_regularizer is not None
+    return not (has_more or rules.scheme_of(path_of(norm)).per_channel_norms)
 
 
 def _foldable_norms(model, rules) -> dict[int, object]:

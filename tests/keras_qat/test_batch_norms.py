@@ -1,4 +1,4 @@
-"""Batch norms that stand alone with one scale for all channels: MUL and ADD, which learn as Keras's layer does."""
+"""Batch norms that stand alone: MUL and ADD, which learn as Keras's layer does, or one op with a scale for each channel."""
 
 import keras
 import numpy as np
@@ -9,8 +9,7 @@ import keras_qat as kq
 import tflite_export
 from keras_qat.batch_norms import NormMultiplier, NormOffset, multiplied_and_added
 
-PER_TENSOR = kq.Scheme(weights=kq.Spec(symmetric=True, per_channel=False))
-RULES = [kq.Rule("norm", PER_TENSOR)]
+PER_CHANNEL = [kq.Rule("norm", kq.Scheme(per_channel_norms=True))]
 
 
 def images(size=6, channels=5, count=32):
@@ -62,7 +61,7 @@ def net(channels=5):
 
 def test_from_training_to_the_runtimes(tmp_path):
     x = images(count=64)
-    qat = kq.quantize(net(), rules=RULES)
+    qat = kq.quantize(net())
     qat.compile("adam", "mse")
     losses = qat.fit(x, x.mean((1, 2))[:, :3], epochs=4, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
@@ -83,7 +82,7 @@ def test_from_training_to_the_runtimes(tmp_path):
 
 def test_arena_is_smaller_by_eight_bytes_a_channel(tmp_path):
     x, arenas = images(channels=256, count=8), []
-    for rules in ([], RULES):
+    for rules in (PER_CHANNEL, []):
         qat = kq.calibrate(kq.quantize(net(256), rules=rules), x)
         arenas.append(kq.export(qat, tmp_path / "model.tflite", x, runtimes=("tflm",)).parity.arena_bytes)
     assert arenas[0] - arenas[1] > 6 * 256, arenas
@@ -91,7 +90,7 @@ def test_arena_is_smaller_by_eight_bytes_a_channel(tmp_path):
 
 def test_frozen_statistics_stay_and_gamma_goes_on_learning():
     x = images(count=64)
-    qat = kq.quantize(net(), rules=RULES)
+    qat = kq.quantize(net())
     qat.compile("adam", "mse")
     y = x.mean((1, 2))[:, :3]
     qat.fit(x, y, verbose=0)
@@ -108,7 +107,7 @@ def test_a_shared_norm_stays_one(tmp_path):
     norm, inputs = lively(), keras.Input((6, 6, 5))
     pooled = layers.AveragePooling2D(2)(inputs)
     outputs = [layers.Flatten(name=name)(layers.ReLU()(norm(x))) for name, x in (("large", inputs), ("small", pooled))]
-    qat = kq.quantize(keras.Model(inputs, outputs), rules=RULES)
+    qat = kq.quantize(keras.Model(inputs, outputs))
     assert len(qat.trainable_weights) == 2
     report = kq.export(kq.calibrate(qat, images()), tmp_path / "model.tflite", images())
     assert report.parity.mismatch == 0, report
@@ -118,22 +117,23 @@ def test_a_shared_norm_stays_one(tmp_path):
 def test_a_norm_that_is_more_than_its_averages_stays_one_op():
     inputs = keras.Input((6, 6, 5))
     outputs = layers.Conv2D(4, 3)(layers.ReLU()(layers.BatchNormalization(renorm=True, name="norm")(inputs)))
-    rows = kq.explain(keras.Model(inputs, outputs), rules=RULES).rows
+    rows = kq.explain(keras.Model(inputs, outputs)).rows
     assert "norm/product" not in {row.layer for row in rows}
 
 
 def test_explain_shows_both_ops():
-    rows = {row.layer: row.integer_op for row in kq.explain(net(), rules=RULES).rows}
+    rows = {row.layer: row.integer_op for row in kq.explain(net()).rows}
     assert rows["norm/product"] == "MUL" and rows["norm"] == "ADD"
 
 
 def test_frozen_layers_stay_frozen():
     model = net()
     model.get_layer("norm").trainable = False
-    qat = kq.quantize(model, rules=RULES)
+    qat = kq.quantize(model)
     assert not {weight.path for weight in qat.trainable_weights if "norm" in weight.path}
 
 
-def test_the_default_is_one_op_with_a_scale_for_each_channel():
-    summary = tflite_export.inspect(tflite_export.write(kq.freeze(kq.calibrate(kq.quantize(net()), images()))))
+def test_with_a_scale_for_each_channel_it_is_one_op():
+    qat = kq.calibrate(kq.quantize(net(), rules=PER_CHANNEL), images())
+    summary = tflite_export.inspect(tflite_export.write(kq.freeze(qat)))
     assert [op.kind for op in summary.ops][:2] == ["DEPTHWISE_CONV_2D", "CONV_2D"]

@@ -90,6 +90,12 @@ USES = {
     "DEPTHWISE_CONV_2D": ([x(), *weights(1, 2, 2, 4, axis=3)], [y(1, 3, 3, 4)], _CONV | {"depthMultiplier": 1}),
     "DEPTH_TO_SPACE": ([x()], [y(1, 8, 8, 1)], {"blockSize": 2}),
     "DEQUANTIZE": ([x()], [y(dtype="float32")]),
+    **dict.fromkeys(
+        ("EQUAL", "GREATER", "GREATER_EQUAL", "LESS", "LESS_EQUAL", "NOT_EQUAL"),
+        ([x(dtype="int32"), numbers([3])], [y(dtype="bool")]),
+    ),
+    **dict.fromkeys(("LOGICAL_AND", "LOGICAL_OR"), ([x(dtype="bool"), x(dtype="bool")], [y(dtype="bool")])),
+    "LOGICAL_NOT": ([x(dtype="bool")], [y(dtype="bool")]),
     "FULLY_CONNECTED": ([x(1, 4), *weights(3, 4)], [y(1, 3)]),
     "GATHER": ([numbers([[1], [2]], "int8", (SCALE,)), x(1, 4, dtype="int32")], [y(1, 4, 1)], {"axis": 0}),
     "LOGISTIC": ([x()], [y(scale=1 / 256, zero_point=-128)]),

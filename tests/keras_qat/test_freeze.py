@@ -460,7 +460,7 @@ def test_a_batch_norm_alone_is_exact_though_its_channels_differ_a_lot(activation
     generator, spread = np.random.default_rng(0), np.exp(np.linspace(np.log(0.01), 0, 64)).astype("float32")
     norm.set_weights([np.where(np.arange(64) % 5, 1.0, -1.0), generator.normal(size=64), 0.3 * spread, spread**2])
     x = data((8, 8, 64)) * spread
-    qat = calibrated(model, x)
+    qat = kq.calibrate(kq.quantize(model, scheme=kq.Scheme(per_channel_norms=True)), x)
     (layer,) = [layer for layer in qat.layers if isinstance(layer, Quantized)]
     assert np.ptp(np.abs(np.asarray(layer.integers(np.float32(0.016), np.float32(0.04)).kernel))) > 20
     assert verified(qat, x).max_lsb == 0

@@ -23,8 +23,7 @@ MIRRORED = """
         x = layers.BatchNormalization(name="in_float")(layers.ReLU()(x))
         return keras.Model(inputs, layers.Dense(4)(x))
 
-    per_tensor = kq.Scheme(weights=kq.Spec(symmetric=True, per_channel=False))
-    rules = [kq.Rule("alone", per_tensor), kq.Rule("in_float", None)]
+    rules = [kq.Rule("in_one_op", kq.Scheme(per_channel_norms=True)), kq.Rule("in_float", None)]
     x = np.random.default_rng(0).normal(size=(64, 8, 8, 3)).astype("float32")
     y = x.mean((1, 2))[:, [0, 1, 2, 0]]
     keras.utils.set_random_seed(0)

@@ -22,6 +22,7 @@ def _name_of(operation) -> str:
 
 
 def _comparison(operation, args, kwargs):
+    """Of whole numbers with one of them: what masks are made of."""
     function = _name_of(operation)
     tensors = [x for x in args if isinstance(x, keras.KerasTensor)]
     constants = [x for x in args if not isinstance(x, keras.KerasTensor)]
@@ -51,6 +52,7 @@ def logic(operation, args, kwargs):
 
 
 def _not(operation, args, kwargs):
+    """Of truth values that come from whole numbers."""
     return (lambda x: Not(name=operation.name)(truth_of(x))) if is_index(args[0]) else None
 
 
