@@ -80,7 +80,9 @@ class Scores(keras.layers.Layer):
         keep = self.keep if keep is None else keep
         seen = x if keep is None else ops.where(keep, x, _FAR_BELOW)
         best = ops.max(seen, axis=-1)
-        lowest_best = ops.stop_gradient(ops.min(ops.where(best > _FAR_BELOW, best, ops.max(best))))
+        in_sight = best > _FAR_BELOW
+        instead = ops.max(ops.where(in_sight, best, 0.0))  # of rows that see nothing
+        lowest_best = ops.stop_gradient(ops.min(ops.where(in_sight, best, instead)))
         return ops.maximum(seen, lowest_best - np.log(x.shape[-1] / _LEAK) / self.factor)
 
     def compute_output_spec(self, x, *args, **kwargs):

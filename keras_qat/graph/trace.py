@@ -12,6 +12,7 @@ from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_losses import collected, with_losses
 from keras_qat.graph.moved_weights import MovedWeights, watched
 from keras_qat.graph.open_batch import DependsOnBatch, run_on_two_batches
+from keras_qat.graph.passed_masks import PassedMasks, problem_with
 from keras_qat.graph.symbolic import lenient
 from keras_qat.graph.walk import Graph, clone, forget_calls, key_of, nodes_of, rebuild
 from keras_qat.primitives import Constant
@@ -110,11 +111,16 @@ class _Tracer:
         self.in_rule = False
         self._identities: dict[int, object] = {}
         self._moved = MovedWeights()
+        self._passed = PassedMasks(self._computed_mask)
         self._names: set[str] = set()
 
     def visit(self, operation, args, kwargs, path):
         """Calls a primitive's copy, or opens a composite."""
         self._masks += _symbolic(kwargs.get("mask"))
+        if problem := problem_with(operation, kwargs):
+            return self._leave_closed(operation, args, kwargs, path, "\n".join(problem))
+        if key_of(operation) == "BatchNormalization":
+            kwargs = {name: value for name, value in kwargs.items() if name != "mask"}
         try:
             lowering = self._lowering_of(operation, args, kwargs)
             if lowering is not None:
@@ -137,6 +143,9 @@ class _Tracer:
         if graph is None:
             return self._open_call(composite.call, composite, args, kwargs, path)
         return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
+
+    def _computed_mask(self, compute, layer, tensors, mask):
+        return self._open_call(compute, layer, (tensors, mask), {}, _join("", layer.name))
 
     def _open_call(self, call, composite, args, kwargs, path, is_rule=False):
         tape = None
@@ -162,7 +171,10 @@ class _Tracer:
             # without its activation: that is the name a person knows.
             is_core = is_one_operation or (inner.name == composite.name and not _is_model(composite))
             inner_path = path if is_core else _join(path, _plain_name(inner))
-            return self.visit(inner, inner_args, inner_kwargs, inner_path)
+            inner_kwargs = self._passed.given_to(inner, inner_args, inner_kwargs)
+            outputs = self.visit(inner, inner_args, inner_kwargs, inner_path)
+            self._passed.note(inner, inner_args, outputs)
+            return outputs
 
         outputs = rebuild(graph, visit, tensors)
         return outputs if tape is None else self._moved.restored(composite, tape, outputs)

@@ -172,6 +172,8 @@ def _multi_head_attention(layer, args, kwargs):
         if use_causal_mask:
             causal = _causal_mask(query.shape[1], value.shape[1])[None]
             attention_mask = _all_of(attention_mask, causal)
+        if is_computed(of_query := kwargs.get("query_mask")):
+            query._keras_mask = of_query  # where the layer looks for it
         takes_scores = kwargs.get("return_attention_scores") or getattr(layer, "dropout", 0) > 0
         repeats = getattr(layer, "num_repeats", 1)
         with _attribute(layer, num_repeats=repeats if takes_scores else 1):

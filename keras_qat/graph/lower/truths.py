@@ -45,7 +45,7 @@ def logic(operation, args, kwargs):
 
     def combined(*args):
         symbolic = [truth_of(x) for x in args if isinstance(x, keras.KerasTensor)]
-        constants = [np.asarray(x) != 0 for x in args if not isinstance(x, keras.KerasTensor)]
+        constants = [np.atleast_1d(x) != 0 for x in args if not isinstance(x, keras.KerasTensor)]
         return Logic(function, *constants, name=operation.name)(*symbolic)
 
     return combined

@@ -1,0 +1,156 @@
+"""Masks that a model computes from its inputs: padding, in every way that people write it."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_qat as kq
+
+LENGTH, WIDTH, WORDS = 6, 8, 20
+_GENERATOR = np.random.default_rng(0)
+LENGTHS = _GENERATOR.integers(2, LENGTH + 1, 64)
+IDS = np.where(np.arange(LENGTH) < LENGTHS[:, None], _GENERATOR.integers(1, WORDS, (64, LENGTH)), 0).astype("int32")
+SERIES = _GENERATOR.normal(size=(64, LENGTH, WIDTH)).astype("float32")
+
+
+def attention():
+    return layers.MultiHeadAttention(2, 4)
+
+
+def multi_head(x, ids):
+    return attention()(x, x, attention_mask=ops.expand_dims(ops.not_equal(ids, 0), 1))
+
+
+def numbers_as_mask(x, ids):
+    keep = ops.cast(ops.minimum(ids, 1), "int32")
+    causal = np.tril(np.ones((1, LENGTH, LENGTH), "int32"))
+    return attention()(x, x, attention_mask=ops.minimum(keep[:, None, :], causal))
+
+
+def with_causal(x, ids):
+    return attention()(x, x, attention_mask=ops.greater(ids, 0)[:, None, :], use_causal_mask=True)
+
+
+def mask_zero(x, ids):
+    """Keras computes the mask, and hands it on."""
+    words = layers.Embedding(WORDS, WIDTH, "random_normal", mask_zero=True)(ids)
+    return attention()(words, words) + x
+
+
+def products(x, ids):
+    heads = ops.reshape(x, (-1, LENGTH, 2, WIDTH // 2))
+    keep = ops.logical_not(ops.equal(ids, 0))[:, None, None, :]
+    return ops.reshape(ops.dot_product_attention(heads, heads, heads, mask=keep, is_causal=True), (-1, LENGTH, WIDTH))
+
+
+def softmax_layer(x, ids):
+    weights = layers.Softmax()(ops.matmul(x, ops.transpose(x, (0, 2, 1))), mask=ops.cast(ids, "bool")[:, None, :])
+    return ops.matmul(weights, x)
+
+
+def where(x, ids):
+    scores = ops.where(ops.equal(0, ids)[:, None, :], -1e9, ops.matmul(x, ops.transpose(x, (0, 2, 1))))
+    return ops.matmul(ops.softmax(scores, axis=-1), x)
+
+
+def of_values(x, ids):
+    return layers.Attention()([x, x], mask=[None, ops.not_equal(ids, 0)])
+
+
+def either(x, ids):
+    keep = ops.logical_or(ops.less(0, ids), np.arange(LENGTH)[None] == 0)
+    return attention()(x, x, attention_mask=keep[:, None, :])
+
+
+WAYS = {
+    f.__name__: f
+    for f in (multi_head, numbers_as_mask, with_causal, mask_zero, products, softmax_layer, where, of_values, either)
+}
+
+
+def _model(way):
+    keras.utils.set_random_seed(0)
+    x, ids = keras.Input((LENGTH, WIDTH), name="x"), keras.Input((LENGTH,), dtype="int32", name="ids")
+    return keras.Model({"x": x, "ids": ids}, layers.Dense(3)(way(x, ids)[:, 1]))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_exact_and_close_to_the_float_model(way, tmp_path):
+    model, inputs = _model(way), {"x": SERIES, "ids": IDS}
+    qat = kq.calibrate(kq.quantize(model), inputs)
+    expected = model.predict(inputs, verbose=0)
+    error = qat.predict(inputs, verbose=0) - expected
+    assert np.sqrt(np.mean(error**2)) < 10 ** (-30 / 20) * np.sqrt(np.mean(expected**2))  # 30 dB
+    qat.compile("adam", "mse")
+    qat.fit(inputs, np.ones((64, 3), "float32"), batch_size=24, verbose=0)
+    qat.save(tmp_path / "qat.keras")
+    loaded = keras.saving.load_model(tmp_path / "qat.keras")
+    report = kq.export(loaded, tmp_path / "model.tflite", inputs, portable=True)
+    assert report.summary.is_full_int8 and report.parity.max_lsb == 0, report
+    assert len(report.parity.results) + len(report.parity.skipped) == 3
+    assert report.summary.op_counts["SELECT_V2"] == 1
+
+
+@pytest.mark.parametrize("way", [multi_head, softmax_layer, where], ids=lambda way: way.__name__)
+def test_what_is_hidden_does_not_count(way):
+    qat = kq.calibrate(kq.quantize(_model(way)), {"x": SERIES, "ids": IDS})
+    others = np.where((IDS == 0)[..., None], SERIES[::-1], SERIES)
+    first, second, seen = (
+        qat.predict({"x": x, "ids": ids}, verbose=0)
+        for x, ids in ((SERIES, IDS), (others, IDS), (others, np.ones_like(IDS)))
+    )
+    # What is hidden counts for 1/256 of the best place at the most, which can tip a rounding.
+    step = np.min(np.diff(np.unique(first)))
+    assert np.max(np.abs(first - second)) < 1.5 * step and np.mean(first != second) < 0.05
+    assert np.max(np.abs(first - seen)) > 10 * step
+
+
+def test_a_sample_of_padding_alone_does_not_spoil_the_range():
+    ids = np.concatenate([IDS, np.zeros((4, LENGTH), "int32")])
+    inputs = {"x": np.concatenate([SERIES, SERIES[:4]]), "ids": ids}
+    model = _model(multi_head)
+    qat = kq.calibrate(kq.quantize(model), inputs)
+    expected = model.predict(inputs, verbose=0)
+    error = qat.predict(inputs, verbose=0) - expected
+    assert np.sqrt(np.mean(error**2)) < 10 ** (-30 / 20) * np.sqrt(np.mean(expected**2))
+
+
+def test_whole_numbers_that_become_real_ones_are_refused():
+    ids = keras.Input((4,), dtype="int32", name="ids")
+    model = keras.Model(ids, layers.Dense(2)(ops.cast(ids, "float32") * 0.5))
+    with pytest.raises(kq.UnsupportedModelError, match="computes with whole numbers of an input that counts something"):
+        kq.quantize(model)
+
+
+def test_a_mask_that_comes_of_values_on_a_grid_is_refused():
+    x = keras.Input((8, 8))
+    keep = ops.greater(x, 0)[:, None]
+    model = keras.Model(x, ops.dot_product_attention(x[:, :, None], x[:, :, None], x[:, :, None], mask=keep))
+    with pytest.raises(kq.UnsupportedModelError, match="greater.*Truth values"):
+        kq.quantize(model)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        layers.GlobalAveragePooling1D(name="last"),
+        layers.GRU(3, name="last"),
+        layers.Bidirectional(layers.GRU(3), name="last"),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_that_leave_out_what_is_masked_are_refused(last):
+    """Keras hands the mask on, through a Dense and a residual block."""
+    ids = keras.Input((LENGTH,), dtype="int32")
+    x = layers.Dense(4)(layers.Dropout(0.1)(layers.Embedding(WORDS, WIDTH, mask_zero=True)(ids)))
+    model = keras.Model(ids, last(layers.Add()([x, layers.Dense(4)(x)])))
+    with pytest.raises(kq.UnsupportedModelError, match="Layer 'last.* mask"):
+        kq.quantize(model)
+
+
+def test_a_mask_that_nobody_looks_at_is_no_obstacle():
+    ids = keras.Input((LENGTH,), dtype="int32")
+    x = layers.BatchNormalization()(layers.Embedding(WORDS, WIDTH, mask_zero=True)(ids))
+    qat = kq.calibrate(kq.quantize(keras.Model(ids, layers.Dense(2)(layers.Flatten()(x)))), IDS)
+    assert "NOT_EQUAL" not in {op.kind for op in kq.freeze(qat).ops}
