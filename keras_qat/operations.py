@@ -236,6 +236,15 @@ def _masks(node):
     )
 
 
+def _hides(node):
+    if len(node.input_tensors) == 2 and node.input_tensors[1].dtype != "bool":
+        return (
+            "What it hides depends on values on a grid; truth values come from whole numbers alone.",
+            "Compute the mask from an input of type int32 or bool, or give it as one.",
+        )
+    return None
+
+
 def _casts(node):
     if is_index(node.input_tensors[0]) and not is_index(node.outputs[0]):
         return (
@@ -352,7 +361,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Argmax": Row("ARG_MAX", "index", pooling.index_of_largest),
     # inside of normalizations, attention and recurrent cells
     "InverseRoot": Row("RSQRT or a look-up", "own", functions.inverse_root),
-    "Mask": Row("MINIMUM or SELECT_V2", "rounded", truths.mask),
+    "Mask": Row("MINIMUM or SELECT_V2", "rounded", truths.mask, refuses=_hides),
     "Comparison": Row("NOT_EQUAL and the like", "index", truths.comparison),
     "Logic": Row("LOGICAL_AND, LOGICAL_OR", "index", truths.logic),
     "Not": Row("LOGICAL_NOT", "index", truths.negation),

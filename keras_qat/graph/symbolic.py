@@ -73,7 +73,10 @@ def _by_running(symbolic_call):
             with contextlib.suppress(Exception):
                 return run()
         outputs = symbolic_call(self, *args, **kwargs)
-        return run() if _has_open_sizes(outputs) and not _has_open_sizes((args, kwargs)) else outputs
+        if _has_open_sizes(outputs) and not _has_open_sizes((args, kwargs)):
+            with contextlib.suppress(Exception):
+                return run()
+        return outputs
 
     return call
 
