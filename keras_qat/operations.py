@@ -237,12 +237,21 @@ def _masks(node):
 
 
 def _hides(node):
-    if len(node.input_tensors) == 2 and node.input_tensors[1].dtype != "bool":
+    if len(node.input_tensors) == 2 and not _is_truth(node.input_tensors[1]):
         return (
             "What it hides depends on values on a grid; truth values come from whole numbers alone.",
             "Compute the mask from an input of type int32 or bool, or give it as one.",
         )
     return None
+
+
+def _is_truth(tensor) -> bool:
+    """Whether a tensor holds truth values in the file too: not where a look-up makes numbers of them."""
+    operation, index, _ = tensor._keras_history
+    row = row_of(operation)
+    if row is not None and row.range == "same":
+        return _is_truth(operation._inbound_nodes[index].input_tensors[0])
+    return tensor.dtype == "bool" and (row is None or row.range == "index")
 
 
 def _casts(node):
