@@ -23,3 +23,6 @@ class UnsupportedModelError(ValueError):
         self.problems = list(problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{len(self.problems)} layer(s) cannot be quantized:\n{lines}")
+
+    def __reduce__(self):
+        return type(self), (self.problems,)  # an error is pickled by its message otherwise

@@ -48,6 +48,9 @@ class ExportError(RuntimeError):
         super().__init__(message)
         self.parity = parity
 
+    def __reduce__(self):
+        return type(self), (str(self), self.parity)
+
 
 def export(
     qat: keras.Model,

@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -17,6 +18,7 @@ from models import STYLES
 
 import keras_qat as kq
 import tflite_export
+from keras_qat.errors import Problem
 from keras_qat.layers import FakeQuant
 from keras_qat.spec import matches_path
 
@@ -750,3 +752,12 @@ def test_another_model_is_told_how_to_keep_its_train_step():
         qat = kq.quantize(model)
     assert list(_fitted(qat)) == ["loss"]
     assert list(_fitted(Halved(qat.inputs, qat.outputs))) == ["halved"]
+
+
+def test_errors_go_from_process_to_process():
+    problem = Problem("a/b", "Mystery", "It is one.", "Solve it.")
+    error = pickle.loads(pickle.dumps(kq.UnsupportedModelError([problem])))
+    assert error.problems == [problem] and "Layer 'a/b' (Mystery)" in str(error)
+    parity = tflite_export.Parity([], samples=3)
+    error = pickle.loads(pickle.dumps(kq.ExportError("It differs.", parity)))
+    assert str(error) == "It differs." and error.parity.samples == 3
