@@ -172,3 +172,9 @@ class NumbersTheSamples(layers.Layer):
 def test_what_does_not_hold_for_every_batch_is_refused(layer, words):
     with pytest.raises(kq.UnsupportedModelError, match=words):
         kq.quantize(_model(layer, SERIES))
+
+
+def test_a_constant_for_each_sample_needs_a_batch_of_one():
+    qat = kq.calibrate(kq.quantize(_model(ClassToken, SERIES)), SERIES)
+    with pytest.raises(ValueError, match="class_token.*joins a constant to each sample.*dynamic_batch=False"):
+        kq.freeze(qat, dynamic_batch=True)

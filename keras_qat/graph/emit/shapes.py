@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_qat.graph.emit.call import Call
+from keras_qat.graph.walk import path_of
 
 
 def reshape(call: Call) -> None:
@@ -130,6 +131,11 @@ def broadcast(call: Call) -> None:
 
 
 def constant_tensor(call: Call) -> None:
+    if call.program.dynamic_batch and getattr(call.operation, "per_sample", False):
+        raise ValueError(
+            f"Layer {path_of(call.operation)!r}: it joins a constant to each sample, which TFLite cannot do for any batch size. "
+            "Expected: dynamic_batch=False."
+        )
     call.become_constant(call.operation.value)
 
 
