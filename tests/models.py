@@ -4,6 +4,8 @@ import keras
 import tensorflow as tf
 from keras import layers, ops
 
+import keras_qat as kq
+
 
 def sequential():
     return keras.Sequential(
@@ -106,6 +108,16 @@ def subclassed():
 
 
 STYLES = {f.__name__: f for f in (sequential, functional, nested, shared, shared_dense, two_outputs, subclassed)}
+
+
+def exported_after_loading(qat, folder, inputs):
+    """Saves and loads a QAT model and exports it. Gives the report, in which every runtime has said something."""
+    qat.save(folder / "qat.keras")
+    loaded = keras.saving.load_model(folder / "qat.keras")
+    report = kq.export(loaded, folder / "model.tflite", inputs, portable=True)
+    assert report.summary.is_full_int8
+    assert len(report.parity.results) + len(report.parity.skipped) == 3
+    return report
 
 
 def converted(model, images, samples=8):

@@ -11,12 +11,12 @@ from keras import tree
 
 from keras_qat.graph.walk import key_of
 
-# Keras layers that use a mask, or that refuse one themselves; a BatchNormalization only looks at it in training.
+# Keras layers that use a mask, or that refuse one themselves.
 _USES_IT = {
     *("Attention", "AdditiveAttention", "GroupedQueryAttention", "MultiHeadAttention", "Softmax"),
     *("Bidirectional", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "GRU", "LSTM", "RNN", "SimpleRNN"),
 }
-_IGNORES_IT = "BatchNormalization"
+_IGNORES_IT = "BatchNormalization"  # but for its statistics in training
 
 
 class PassedMasks:
@@ -32,6 +32,8 @@ class PassedMasks:
 
     def given_to(self, layer, args, kwargs) -> dict:
         """The keyword arguments of a layer's call, with the masks of its tensors."""
+        if isinstance(layer, keras.Layer) and key_of(layer) == _IGNORES_IT:
+            return {name: value for name, value in kwargs.items() if name != "mask"}
         if not self._of or not isinstance(layer, keras.Layer):
             return kwargs
         parameters = inspect.signature(layer.call).parameters
@@ -70,7 +72,7 @@ class PassedMasks:
 def problem_with(layer, kwargs) -> tuple[str, str] | None:
     """Why a Keras layer cannot have the mask that it is given, and the way out; None if it can."""
     key = key_of(layer) if isinstance(layer, keras.Layer) else None
-    if key is None or key in (*_USES_IT, _IGNORES_IT) or not _symbolic(kwargs.get("mask")):
+    if key is None or key in _USES_IT or not _symbolic(kwargs.get("mask")):
         return None
     return (
         "It leaves out what a mask hides, which depends on the data.",

@@ -26,10 +26,7 @@ _COMPARISONS = {
     "eq": ops.equal,
     "ne": ops.not_equal,
 }
-
-
 _Reshape = type(ops.reshape(keras.KerasTensor((None, 2)), (-1, 2))._keras_history.operation)
-
 _Ndim = type(ops.ndim(keras.KerasTensor((1,)))._keras_history.operation)
 
 

@@ -119,8 +119,6 @@ class _Tracer:
         self._masks += _symbolic(kwargs.get("mask"))
         if problem := problem_with(operation, kwargs):
             return self._leave_closed(operation, args, kwargs, path, "\n".join(problem))
-        if key_of(operation) == "BatchNormalization":
-            kwargs = {name: value for name, value in kwargs.items() if name != "mask"}
         try:
             lowering = self._lowering_of(operation, args, kwargs)
             if lowering is not None:
@@ -145,7 +143,7 @@ class _Tracer:
         return self._visit_graph(graph, tree.flatten(args), composite, kwargs, path)
 
     def _computed_mask(self, compute, layer, tensors, mask):
-        return self._open_call(compute, layer, (tensors, mask), {}, _join("", layer.name))
+        return self._open_call(compute, layer, (tensors, mask), {}, layer.name)
 
     def _open_call(self, call, composite, args, kwargs, path, is_rule=False):
         tape = None

