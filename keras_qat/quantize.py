@@ -11,6 +11,7 @@ import tensorflow as tf
 from keras import tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
+from keras_qat.graph.added_masks import hide_what_is_added
 from keras_qat.graph.annotate import Plan, annotate, plan, row_of_node
 from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
@@ -161,7 +162,7 @@ def _prepare(model, scheme, rules, input_range, inputs) -> _Prepared:
         raise ValueError(f"Model {model.name!r} is quantized already: kq.quantize takes the float model.")
     known = Rules(rules, resolve_scheme(scheme))
     traced, problems = trace(model, lambda operation: row_of(operation) is not None, lowering_of, inputs)
-    merged, twins = merge_twins(traced, known)
+    merged, twins = merge_twins(hide_what_is_added(traced), known)
     flat = merge_lookups(merged)
     names = _output_names_of(model, flat)
     problems = list(dict.fromkeys(problems + _refusals(flat) + _not_in_float(flat, known) + _bad_weights(flat)))

@@ -59,6 +59,18 @@ def of_values(x, ids):
     return layers.Attention()([x, x], mask=[None, ops.not_equal(ids, 0)])
 
 
+def added(x, ids):
+    """Written by hand, as tutorials do."""
+    hidden = ops.cast(ops.equal(ids, 0), "float32")[:, None, :]
+    return ops.matmul(ops.softmax(ops.matmul(x, ops.transpose(x, (0, 2, 1))) + hidden * -1e9, axis=-1), x)
+
+
+def added_of_numbers(x, ids):
+    keep = ops.expand_dims(ops.cast(ops.minimum(ids, 1), "float32"), 1)
+    scores = ops.matmul(x, ops.transpose(x, (0, 2, 1))) * 0.5
+    return ops.matmul(layers.Softmax()(layers.Add()([(1.0 - keep) * -1e4, scores])), x)
+
+
 def either(x, ids):
     keep = ops.logical_or(ops.less(0, ids), np.arange(LENGTH)[None] == 0)
     return attention()(x, x, attention_mask=keep[:, None, :])
@@ -66,7 +78,19 @@ def either(x, ids):
 
 WAYS = {
     f.__name__: f
-    for f in (multi_head, numbers_as_mask, with_causal, mask_zero, products, softmax_layer, where, of_values, either)
+    for f in (
+        multi_head,
+        numbers_as_mask,
+        with_causal,
+        mask_zero,
+        products,
+        softmax_layer,
+        where,
+        of_values,
+        added,
+        added_of_numbers,
+        either,
+    )
 }
 
 

@@ -18,7 +18,7 @@ from keras_qat.primitives import Constant
 from keras_qat.truths import Logic, Not
 
 # What code puts in for masked scores, or adds to them, is far below this; no score is.
-_BELOW_ALL_SCORES = -1e3
+BELOW_ALL_SCORES = -1e3
 
 
 def _dot_product_attention(operation, args, kwargs):
@@ -68,7 +68,7 @@ def _split(bias, *masks):
 
 def _additive_mask(values: np.ndarray):
     """Constants added to scores: which of them leave the scores in sight (None: all), and what they add there."""
-    keep = values > _BELOW_ALL_SCORES
+    keep = values > BELOW_ALL_SCORES
     if np.all(keep) or not np.any(keep):
         return None, values
     return keep, np.where(keep, values, 0.0)
@@ -123,7 +123,7 @@ def _where(operation, args, kwargs):
         return None
     at = tensors.index(True)
     values = np.asarray(sides[1 - at], "float32")
-    hides = bool(np.all(values <= _BELOW_ALL_SCORES))
+    hides = bool(np.all(values <= BELOW_ALL_SCORES))
     if is_computed(condition):
         if not (hides and is_index(condition)):
             return None
