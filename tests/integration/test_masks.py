@@ -71,6 +71,13 @@ def added_of_numbers(x, ids):
     return ops.matmul(layers.Softmax()(layers.Add()([(1.0 - keep) * -1e4, scores])), x)
 
 
+def with_class_token(x, ids):
+    """What is put in front of the places is always in sight."""
+    keep = ops.concatenate([ops.ones_like(ids[:, :1]), ops.cast(ops.not_equal(ids, 0), "int32")], axis=1)
+    x = ops.concatenate([ops.zeros_like(x[:, :1]), x], axis=1)
+    return attention()(x, x, attention_mask=keep[:, None, :])
+
+
 def either(x, ids):
     keep = ops.logical_or(ops.less(0, ids), np.arange(LENGTH)[None] == 0)
     return attention()(x, x, attention_mask=keep[:, None, :])

@@ -6,8 +6,9 @@ from keras import ops
 
 from keras_qat.compounds import TransposedMatmul
 from keras_qat.graph.lower.weights import dense_of, is_learned, penalties
-from keras_qat.graph.walk import key_of
+from keras_qat.graph.walk import is_index, key_of
 from keras_qat.primitives import Constant
+from keras_qat.truths import Comparison
 
 
 def _split(operation, args, kwargs):
@@ -167,6 +168,14 @@ def _for_each_sample(values) -> Constant:
     return Constant(constant, trainable=is_learned(values), per_sample=True, name="constant", **penalties(values))
 
 
+def _filled(operation, args, kwargs):
+    """A constant for each sample; of whole numbers the truth values that they stand for in a mask."""
+    is_one = key_of(operation) == "ops.OnesLike"
+    if is_index(args[0]):
+        return Comparison("greater_equal" if is_one else "less", -(2**31), name=operation.name)
+    return lambda x: _for_each_sample(np.full((1, *x.shape[1:]), float(is_one)))(x)
+
+
 def _identity(layer, args, kwargs):
     return lambda inputs: inputs
 
@@ -180,6 +189,7 @@ RULES = {
     "ops.Concatenate": _join,
     "ops.Flip": _flip,
     "ops.Moveaxis": _move_axes,
+    "ops.OnesLike": _filled,
     "ops.Repeat": _repeat,
     "ops.Roll": _roll,
     "ops.Softmax": _softmax,
@@ -189,4 +199,5 @@ RULES = {
     "ops.Take": _take,
     "ops.Tile": _tile,
     "ops.Unstack": _unstack,
+    "ops.ZerosLike": _filled,
 }
