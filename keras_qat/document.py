@@ -112,6 +112,7 @@ _CALLS: dict[str, Callable] = {
     "ops.mean": lambda x: ops.mean(x, axis=-1),
     "ops.min": lambda x: ops.min(x, axis=-1),
     "ops.not_equal (x, constant)": lambda: _of_words(lambda words: ops.not_equal(words, 0)),
+    "ops.ones_like": lambda: _of_words(ops.ones_like),
     "ops.repeat": lambda x: ops.repeat(x, 2, axis=1),
     "ops.roll": lambda x: ops.roll(x, 1, axis=1),
     "ops.split": lambda x: ops.split(x, 2, axis=1),
@@ -126,6 +127,7 @@ _CALLS: dict[str, Callable] = {
     "ops.unstack": lambda x: ops.unstack(x, axis=1),
     "ops.var": lambda x: ops.var(x, axis=-1),
     "ops.where": lambda x, y: ops.where(np.arange(4) % 2 == 0, x, y),
+    "ops.zeros_like": lambda: _of_words(ops.zeros_like),
 }
 
 
