@@ -60,8 +60,8 @@ def _either(name, function):
 
 
 def _by_running(symbolic_call):
-    """What a layer with a `call` of its own returns is found by running it, as Keras does inside of another layer: what it
-    says of that may have been inherited. So it is where a layer leaves sizes open (`EinsumDense("abc,cd->abd", (None, 8))`).
+    """What a layer returns is found by running it, as Keras does inside of another layer, where what it says of that was
+    written for another `call`. So it is where a layer leaves sizes open (`EinsumDense("abc,cd->abd", (None, 8))`).
     """
 
     def call(self, *args, **kwargs):
