@@ -32,7 +32,7 @@ def calibrate(
         raise ValueError(f"Unknown calibration method. Expected one of {_METHODS}. Received: {method!r}")
     require_qat(qat)
     layers = [layer for layer in qat.layers if isinstance(layer, FakeQuant) and layer.quantizer.observes]
-    before = [[variable.numpy() for variable in layer.quantizer.weights] for layer in layers]
+    before = [[variable.numpy() for variable in layer.weights] for layer in layers]
 
     @tf.function(autograph=False, reduce_retracing=True)
     def observe(batch):
@@ -52,7 +52,7 @@ def calibrate(
             raise ValueError("There is nothing to calibrate with: the data holds no batch. Pass at least one sample.")
     except BaseException:
         for layer, values in zip(layers, before, strict=True):
-            for variable, value in zip(layer.quantizer.weights, values, strict=True):
+            for variable, value in zip(layer.weights, values, strict=True):
                 variable.assign(value)
         raise
     return qat

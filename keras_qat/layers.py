@@ -53,8 +53,7 @@ class FakeQuant(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape):
-        if not self.quantizer.built:
-            self.quantizer.build(input_shape)
+        self.quantizer.build(self)
 
     def call(
         self,
@@ -334,7 +333,7 @@ class Quantized(GridLayer):
         self.layer = _deserialized(layer)
         self.batch_norm = _deserialized(batch_norm)
         self.channel_axes, self.input_scaling = tuple(channel_axes), tuple(input_scaling)
-        self.weight_quantizer = MaxAbs(bits, per_channel, self.channel_axes, name="weights")
+        self.weight_quantizer = MaxAbs(bits, per_channel, self.channel_axes)
         self.frozen_statistics, self.wide = frozen_statistics, wide
 
     def build(self, input_shape, *_):
@@ -342,8 +341,7 @@ class Quantized(GridLayer):
             self.layer.build(input_shape)
         if self.batch_norm is not None and not self.batch_norm.built:
             self.batch_norm.build(self.layer.compute_output_shape(input_shape))
-        if not self.weight_quantizer.built:
-            self.weight_quantizer.build()
+        self.weight_quantizer.build(self)
 
     def call(self, x, input_scale=None, output_scale=None, training=None):
         if training or input_scale is None or _calibrating.get() or not self.rounds:

@@ -36,7 +36,7 @@ class WeightedLayer:
 
     @property
     def is_range(self) -> bool:
-        return self.path.startswith(RANGES + "/") and isinstance((self.around or (None,))[-1], (FakeQuant, Quantized))
+        return self.path.startswith(RANGES + "/") and isinstance(self.layer, (FakeQuant, Quantized))
 
 
 def weighted_layers(model: keras.Model) -> list[WeightedLayer]:
@@ -48,7 +48,8 @@ def weighted_layers(model: keras.Model) -> list[WeightedLayer]:
             return
         seen.add(id(layer))
         if layer._trainable_variables:
-            found.append(WeightedLayer(path, layer, around, tuple(layer._trainable_variables)))
+            own = f"{RANGES}/{path}" if isinstance(layer, (FakeQuant, Quantized)) else path
+            found.append(WeightedLayer(own, layer, around, tuple(layer._trainable_variables)))
         for child in layer._flatten_layers(include_self=False, recursive=False):
             visit(child, _path_of(child, layer, path if around else "", dotted), (*around, layer))
 
@@ -59,8 +60,6 @@ def weighted_layers(model: keras.Model) -> list[WeightedLayer]:
 def _path_of(child, parent, path, dotted) -> str:
     if isinstance(parent, Quantized) and child is parent.layer:
         return path
-    if isinstance(parent, (FakeQuant, Quantized)) and child is not getattr(parent, "batch_norm", None):
-        return f"{RANGES}/{path}"
     name = child.name.replace(".", "/") if dotted else child.name
     return f"{path}/{name}" if path and not isinstance(parent, Quantized) else name
 

@@ -387,11 +387,9 @@ def _fake_quant(sites: list[Site]) -> FakeQuant:
     finding = _finding(sites)
     first = finding[0]
     if first.kind == "fixed":
-        quantizer = Fixed(*first.limits, name="range")
+        quantizer = Fixed(*first.limits)
     else:
-        quantizer = MovingAverage(
-            sites=len(finding), nonnegative=tuple(site.nonnegative for site in finding), name="range"
-        )
+        quantizer = MovingAverage(sites=len(finding), nonnegative=tuple(site.nonnegative for site in finding))
     # Probabilities at the model's output stay exact while training: the loss needs their logarithm.
     in_training = not (first.kind == "fixed" and all(site.is_output for site in sites))
     return FakeQuant(

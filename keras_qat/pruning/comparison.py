@@ -1,6 +1,7 @@
 """What a smaller model costs next to the larger one."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import time
@@ -9,10 +10,9 @@ import keras
 import numpy as np
 
 import tflite_export
-from keras_qat.layers import FakeQuant, is_qat
+from keras_qat.layers import FakeQuant, Quantized, is_qat
 from keras_qat.pruning.report import report
 from keras_qat.pruning.shrink import flattened
-from keras_qat.quantizers import MaxAbs
 from tflite_export.runtimes import run
 from tflite_export.table import table
 
@@ -102,8 +102,10 @@ def _size(model) -> Size:
 
 
 def _parameters(model) -> int:
-    quantizers = [layer for layer in model._flatten_layers() if isinstance(layer, (FakeQuant, MaxAbs))]
-    return model.count_params() - sum(layer.count_params() for layer in quantizers if layer.built)
+    own = [
+        layer._non_trainable_variables for layer in model._flatten_layers() if isinstance(layer, (FakeQuant, Quantized))
+    ]
+    return model.count_params() - sum(math.prod(variable.shape) for variables in own for variable in variables)
 
 
 def _arena_bytes(content: bytes) -> int | None:

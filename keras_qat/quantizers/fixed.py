@@ -3,9 +3,11 @@
 import keras
 from keras import ops
 
+from keras_qat.quantizers.quantizer import Quantizer
+
 
 @keras.saving.register_keras_serializable("keras_qat")
-class Fixed(keras.layers.Layer):
+class Fixed(Quantizer):
     """The range `low..high`, never observed and never changed.
 
     Args:
@@ -15,8 +17,7 @@ class Fixed(keras.layers.Layer):
 
     observes = False
 
-    def __init__(self, low: float, high: float, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, low: float, high: float):
         if not low <= 0 <= high or low == high:
             raise ValueError(f"A range holds zero and has a width, low <= 0 <= high. Received: {low=}, {high=}")
         self.low, self.high = float(low), float(high)
@@ -31,4 +32,4 @@ class Fixed(keras.layers.Layer):
         return True
 
     def get_config(self):
-        return {**super().get_config(), "low": self.low, "high": self.high}
+        return {"low": self.low, "high": self.high}

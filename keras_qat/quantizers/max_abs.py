@@ -7,11 +7,12 @@ import numpy as np
 
 from keras_qat import numerics
 from keras_qat.arrays import ops, read_as
+from keras_qat.quantizers.quantizer import Quantizer
 from keras_qat.spec import Spec
 
 
 @keras.saving.register_keras_serializable("keras_qat")
-class MaxAbs(keras.layers.Layer):
+class MaxAbs(Quantizer):
     """Fake-quantizes weights with `scale = max|w| / qmax` per output channel.
 
     Its only state is the number of bits: a variable, so that a schedule can change it without a new trace, and that
@@ -23,14 +24,13 @@ class MaxAbs(keras.layers.Layer):
         channel_axes: The axes of the kernel that together number the output channels.
     """
 
-    def __init__(self, bits: int = 8, per_channel: bool = True, channel_axes: tuple[int, ...] = (-1,), **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, bits: int = 8, per_channel: bool = True, channel_axes: tuple[int, ...] = (-1,)):
         self._first_spec = Spec(bits, symmetric=True, per_channel=per_channel)
-        self.channel_axes = tuple(channel_axes)
+        self.channel_axes, self.levels = tuple(channel_axes), None
 
-    def build(self, input_shape=None):
+    def build(self, layer):
         first = numerics.levels_of(self._first_spec)
-        self.levels = self.add_weight(
+        self.levels = layer.add_weight(
             name="levels",
             shape=(2,),
             initializer=lambda shape, dtype=None: ops.convert_to_tensor(first, dtype),
@@ -43,7 +43,11 @@ class MaxAbs(keras.layers.Layer):
     @property
     def spec(self) -> Spec:
         """As it is now."""
-        bits = 1 + round(np.log2(ops.convert_to_numpy(self.levels)[0] + 1)) if self.built else self._first_spec.bits
+        bits = (
+            1 + round(np.log2(ops.convert_to_numpy(self.levels)[0] + 1))
+            if self.levels is not None
+            else self._first_spec.bits
+        )
         return Spec(bits, symmetric=True, per_channel=self._first_spec.per_channel)
 
     def take_bits(self, bits) -> None:
@@ -70,5 +74,4 @@ class MaxAbs(keras.layers.Layer):
 
     def get_config(self):
         spec = self.spec
-        config = {"bits": spec.bits, "per_channel": spec.per_channel, "channel_axes": self.channel_axes}
-        return {**super().get_config(), **config}
+        return {"bits": spec.bits, "per_channel": spec.per_channel, "channel_axes": self.channel_axes}

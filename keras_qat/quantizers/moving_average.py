@@ -4,12 +4,13 @@ import keras
 import numpy as np
 
 from keras_qat.arrays import ops, read_as
+from keras_qat.quantizers.quantizer import Quantizer
 from keras_qat.replicas import agreed
 from keras_qat.traced_once import traced_once
 
 
 @keras.saving.register_keras_serializable("keras_qat")
-class MovingAverage(keras.layers.Layer):
+class MovingAverage(Quantizer):
     """A debiased moving average of each batch's smallest and largest value.
 
     Formula: `range ← range + rate · (batch - range)` with `rate = max(1 - momentum, 1 / t)` at batch t. The first
@@ -27,18 +28,17 @@ class MovingAverage(keras.layers.Layer):
 
     observes = True
 
-    def __init__(self, momentum: float = 0.95, sites: int = 1, nonnegative: tuple[bool, ...] = (), **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, momentum: float = 0.95, sites: int = 1, nonnegative: tuple[bool, ...] = ()):
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum is at least 0 and below 1. Received: {momentum=}")
         self.momentum, self.sites = momentum, sites
         self.nonnegative = tuple(nonnegative) or (False,) * sites
 
-    def build(self, input_shape=None):
+    def build(self, layer):
         # A row for each site: lowest value, highest value, number of batches. In one variable, because a large model has
         # hundreds of sites; float32 under every dtype policy, because a range in half precision would move the grid.
         options = {"initializer": "zeros", "trainable": False, "dtype": "float32", "autocast": False}
-        self.seen = self.add_weight(name="seen", shape=(self.sites, 3), **options)
+        self.seen = layer.add_weight(name="seen", shape=(self.sites, 3), **options)
 
     def limits(self, x, site=0, observe=False):
         """Returns `(low, high)`, having taken in `x` first if it is to `observe`."""
@@ -76,8 +76,7 @@ class MovingAverage(keras.layers.Layer):
         return ops.convert_to_tensor(np.eye(self.sites, dtype="float32")[:, site : site + 1])
 
     def get_config(self):
-        config = {"momentum": self.momentum, "sites": self.sites, "nonnegative": self.nonnegative}
-        return {**super().get_config(), **config}
+        return {"momentum": self.momentum, "sites": self.sites, "nonnegative": self.nonnegative}
 
 
 def _ends_of(x, nonnegative):

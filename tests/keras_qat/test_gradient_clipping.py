@@ -276,9 +276,9 @@ def test_rules_that_come_too_late_are_reported():
 class Trained(MovingAverage):
     """A quantizer whose range learns."""
 
-    def build(self, input_shape=None):
-        super().build(input_shape)
-        self.gain = self.add_weight(name="gain", shape=(), initializer="ones")
+    def build(self, layer):
+        super().build(layer)
+        self.gain = layer.add_weight(name="gain", shape=(), initializer="ones")
 
     def limits(self, x, site=0, observe=False):
         low, high = super().limits(x, site, observe)

@@ -49,8 +49,8 @@ def fit(model, *callbacks, epochs=4, initial_epoch=0):
 
 
 def ranges(model):
-    quantizers = [layer.quantizer for layer in model.layers if isinstance(layer, FakeQuant)]
-    return np.concatenate([np.ravel(weight) for quantizer in quantizers for weight in quantizer.weights])
+    grids = [layer for layer in model.layers if isinstance(layer, FakeQuant)]
+    return np.concatenate([np.ravel(weight) for grid in grids for weight in grid.weights])
 
 
 def statistics(model):

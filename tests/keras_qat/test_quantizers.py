@@ -11,7 +11,7 @@ from keras_qat.quantizers import Fixed, MaxAbs, MovingAverage
 
 def built(**options):
     quantizer = MovingAverage(**options)
-    quantizer.build()
+    quantizer.build(keras.layers.Layer())
     return quantizer
 
 
@@ -95,8 +95,12 @@ def test_include_widens_and_forget_starts_over():
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16"])
 def test_ranges_are_float32_under_every_policy(policy):
-    quantizer = built(dtype=policy)
-    assert {variable.dtype for variable in quantizer.weights} == {"float32"}
+    keras.config.set_dtype_policy(policy)
+    try:
+        quantizer = built()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert quantizer.seen.dtype == "float32"
     quantizer.limits(np.array([-1.0001, 3.0003], "float32"), observe=True)
     np.testing.assert_array_equal(limits(quantizer), np.array([-1.0001, 3.0003], "float32"))
 
@@ -121,7 +125,7 @@ def test_ranges_get_no_gradient():
         low, high = quantizer.limits(x, observe=True)
         y = low + high
     assert tape.gradient(y, x) is None
-    assert not quantizer.trainable_weights
+    assert not quantizer.seen.trainable
 
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, 2.0])
