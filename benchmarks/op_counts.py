@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 from ai_edge_litert.interpreter import Interpreter
 from isolated import in_own_process
-from nets import NETS
+from nets import NETS, u_net
 from printout import default_out, heading, publish, write
 
 import keras_qat as kq
@@ -57,8 +57,13 @@ def _application(name: str, high: float = 1.0) -> Network:
     return Network(lambda: build(input_shape=shape, weights=None, classes=_CLASSES), 0.0 if high > 1 else -1.0, high)
 
 
+def _u_net() -> keras.Model:
+    return u_net(keras, (_SIZE, _SIZE, 3), is_bilinear=True)
+
+
 # Batch norms that stand alone as one op with a scale for each channel, instead of MUL and ADD: quicker, in more arena.
 _PER_CHANNEL = (kq.Rule("*", kq.Scheme(per_channel_norms=True)),)
+_EXACT_UPSAMPLING = (kq.Rule("*", kq.Scheme(exact_upsampling=True)),)
 _PIXELS = 255.0  # these rescale pixels themselves
 MODELS = {
     **{
@@ -76,6 +81,8 @@ MODELS = {
         f"{name}, per channel": dataclasses.replace(_application(name), rules=_PER_CHANNEL)
         for name in ("ResNet50V2", "DenseNet121", "NASNetMobile")
     },
+    "U-Net": Network(_u_net),
+    "U-Net, exact upsampling": Network(_u_net, rules=_EXACT_UPSAMPLING),
     **{name: Network(lambda net=net: net.build(keras)) for name, net in NETS.items()},
     **{name: Network(style) for name, style in STYLES.items()},
 }

@@ -14,6 +14,7 @@ import numpy as np
 from absl import app, flags
 from isolated import in_own_process
 from keras import layers
+from nets import u_net
 from printout import default_out, heading, publish, write
 
 import keras_qat as kq
@@ -29,24 +30,6 @@ def application(name: str, **options) -> keras.Model:
     return build(input_shape=(_SIZE, _SIZE, 3), weights=None, classes=_CLASSES, **options)
 
 
-def u_net() -> keras.Model:
-    def block(x, filters):
-        x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
-        return layers.ReLU()(layers.BatchNormalization()(x))
-
-    inputs, skipped = keras.Input((_SIZE, _SIZE, 3)), []
-    x = inputs
-    for filters in (16, 32, 64):
-        x = block(block(x, filters), filters)
-        skipped.append(x)
-        x = layers.MaxPooling2D()(x)
-    x = block(x, 128)
-    for filters in (64, 32, 16):
-        x = layers.Conv2DTranspose(filters, 2, strides=2)(x)
-        x = block(layers.Concatenate()([x, skipped.pop()]), filters)
-    return keras.Model(inputs, layers.Conv2D(_CLASSES, 1, activation="softmax")(x))
-
-
 def dense_net() -> keras.Model:
     hidden = [layers.Dense(units, activation="relu") for units in (256, 128, 64)]
     top = layers.Dense(_CLASSES, activation="softmax")
@@ -57,7 +40,7 @@ NETWORKS = {
     "ResNet50": lambda: application("ResNet50"),
     "MobileNetV2": lambda: application("MobileNetV2"),
     "DenseNet121": lambda: application("DenseNet121"),
-    "U-Net": u_net,
+    "U-Net": lambda: u_net(keras, (_SIZE, _SIZE, 3)),
     "dense": dense_net,
 }
 

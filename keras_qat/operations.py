@@ -225,10 +225,6 @@ def _upsampling_range(node):
     return "rounded" if resizing.interpolates(node) else "same"
 
 
-def _upsampling_ties(node):
-    return "away" if resizing.smooth_factors(node) is None else "up"
-
-
 def _masks(node):
     return (
         "Which steps it leaves out depends on the data.",
@@ -289,7 +285,7 @@ _AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", pooling.average_pool, **_POOL)
 _GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", pooling.largest, **_POOL)
 _GLOBAL_AVERAGE_POOL = Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, factors=_mean_factors, **_POOL)
 _PAD = Row("PAD", _pad_range, shapes.pad, refuses=_pads)
-_RESIZE = dict(op="RESIZE_*, + DEPTHWISE_CONV_2D", range=_upsampling_range, emit=resizing.resize, ties=_upsampling_ties)
+_RESIZE = dict(op="RESIZE_BILINEAR / RESIZE_NEAREST_NEIGHBOR", range=_upsampling_range, emit=resizing.resize)
 _UPSAMPLING = Row(**_RESIZE, refuses=_upsamples)
 _RESHAPE = Row("RESHAPE", emit=shapes.reshape, **_MOVES)
 _TRAINING_ONLY = Row("-", "train")
@@ -345,6 +341,12 @@ OPERATIONS: dict[str, Row] = {
     "UpSampling1D": _UPSAMPLING,
     "UpSampling2D": _UPSAMPLING,
     "ops.Resize": Row(**_RESIZE, refuses=_resizes),
+    "ExactUpsampling": Row(
+        "RESIZE_NEAREST_NEIGHBOR, MIRROR_PAD, DEPTHWISE_CONV_2D",
+        "rounded",
+        resizing.exact_upsampling,
+        ties=lambda node: "up",
+    ),
     "Reshape": _RESHAPE,
     "Flatten": _RESHAPE,
     "ops.Reshape": _RESHAPE,

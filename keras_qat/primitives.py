@@ -130,6 +130,26 @@ class Clamp(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_qat")
+class ExactUpsampling(keras.layers.Layer):
+    """Bilinear upsampling by whole numbers, in three ops that round alike everywhere.
+
+    Args:
+        factors: How many times as high and as wide.
+    """
+
+    def __init__(self, factors, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.factors = tuple(factors)
+
+    def call(self, x):
+        size = [before * times for before, times in zip(x.shape[1:-1], self.factors, strict=True)]
+        return ops.image.resize(x, size, interpolation="bilinear")
+
+    def get_config(self):
+        return {**super().get_config(), "factors": self.factors}
+
+
+@keras.saving.register_keras_serializable("keras_qat")
 class InFloat(keras.layers.Layer):
     """An operation that stays in float, because a `kq.Rule` says so.
 

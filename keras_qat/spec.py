@@ -43,12 +43,16 @@ class Scheme:
         per_channel_norms: Batch norms that stand alone have a scale for each channel: one DEPTHWISE_CONV_2D instead of MUL
             and ADD. It is quicker and more precise before training, and takes 8 bytes of TensorFlow Lite Micro's arena for
             each channel.
+        exact_upsampling: Bilinear upsampling by 2 or 4 rounds alike on all runtimes: three ops instead of one, in which
+            XNNPACK rounds ties otherwise (1 LSB in 5 %). It takes four times as long. (By 3 it is always those three:
+            the kernels of RESIZE_BILINEAR disagree about where the pixels are.)
     """
 
     name: str = "int8"
     activations: Spec = Spec()
     weights: Spec = Spec(symmetric=True, per_channel=True)
     per_channel_norms: bool = False
+    exact_upsampling: bool = False
 
 
 SCHEMES = {"int8": Scheme()}

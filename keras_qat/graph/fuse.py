@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_qat.batch_norms import multiplied_and_added
+from keras_qat.graph.emit import resizing
 from keras_qat.graph.probabilities import refine_probabilities
 from keras_qat.graph.walk import (
     Graph,
@@ -19,7 +20,7 @@ from keras_qat.graph.walk import (
 from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.numerics import is_plain
 from keras_qat.operations import row_of
-from keras_qat.primitives import Constant, InFloat, Sum
+from keras_qat.primitives import Constant, ExactUpsampling, InFloat, Sum
 from keras_qat.spec import Rules
 
 _SUMS = {"ops.Add": 1, "ops.Subtract": -1}
@@ -171,6 +172,8 @@ def _wrap_weights(model, rules, input_scalings):
             if id(operation) not in wrapped:
                 wrapped[id(operation)] = Sum(_SUMS[key_of(operation)], name=operation.name)
             return connect(wrapped[id(operation)], (*args, *kwargs.values()), {}, node.outputs)
+        if _is_upsampled_exactly(node, rules):
+            return ExactUpsampling(resizing.exact_factors(node), name=operation.name)(args[0])
         if not _has_weights(operation):
             return reused.call(node, args, kwargs)
         if key_of(operation) == "BatchNormalization" and _is_per_tensor(operation, rules):
@@ -201,6 +204,12 @@ def _by_one_number(scaling, x):
 def _in_float(node, rules) -> bool:
     kind = row_of(node.operation).range_kind(node)
     return kind not in ("train", "constant") and rules.scheme_of(path_of(node.operation)) is None
+
+
+def _is_upsampled_exactly(node, rules) -> bool:
+    if row_of(node.operation).emit is not resizing.resize or resizing.exact_factors(node) is None:
+        return False
+    return rules.scheme_of(path_of(node.operation)).exact_upsampling or not resizing.kernels_find_pixels(node)
 
 
 def _has_weights(operation) -> bool:

@@ -9,26 +9,28 @@ import tflite_export
 _RUNTIMES = ("litert", "xnnpack", "tflm")
 
 
-def _measure(model):
+def _measure(model, scheme):
     inputs = inputs_for(model)
-    qat = kq.calibrate(kq.quantize(model), inputs)
+    qat = kq.calibrate(kq.quantize(model, scheme), inputs)
     tflite = tflite_export.write(kq.freeze(qat))
     summary = tflite_export.inspect(tflite)
     assert summary.is_full_int8, summary.reasons
     return tflite_export.verify(tflite, qat, inputs, runtimes=_RUNTIMES)
 
 
-def _assert_parity(parity, exact):
+def _assert_parity(parity, exact, apart=()):
+    """The bar of at most 1 LSB; of runtimes that stand apart, what `kq.export` asks for."""
     assert len(parity.results) == len(_RUNTIMES), parity.skipped
-    assert parity.max_lsb <= 1, parity
+    assert all(result.max_lsb <= 1 for result in parity.results if result.runtime not in apart), parity
+    assert parity.passed, parity
     assert not exact or parity.mismatch <= 0.001, parity
 
 
 @pytest.mark.parametrize("case", OPERATIONS, ids=str)
 def test_one_op(case):
-    _assert_parity(_measure(case.one_op()), case.exact)
+    _assert_parity(_measure(case.one_op(), case.scheme), case.exact)
 
 
 @pytest.mark.parametrize("case", OPERATIONS, ids=str)
 def test_three_ops(case):
-    _assert_parity(_measure(case.three_ops()), case.exact)
+    _assert_parity(_measure(case.three_ops(), case.scheme), case.exact, case.apart)
