@@ -33,6 +33,21 @@ def hard_swish(integers, input_scale, output_scale):
     return ops.cast(_divide_by_power(product, -output_exponent), "float32")
 
 
+def rsqrt(source, grid, hair: float = 0.0) -> np.ndarray:
+    """RSQRT of all 256 integers: a root in 20 bits, times a multiplier, rounded twice.
+
+    Args:
+        source, grid: The tensors it reads and writes (`tflite_export.Tensor`).
+        hair: Added to the roots: the kernel's own are off by a few hundredths.
+    """
+    integers = np.maximum(np.arange(-128.0, 128.0) - source.zero_point, 0.0)
+    with np.errstate(divide="ignore"):
+        roots = np.minimum(np.floor(2.0**20 / np.sqrt(integers) + 0.5 + hair), 2.0**31)
+    multiplier, exponent = np.frexp(1.0 / (np.sqrt(np.float64(source.scale[0])) * grid.scale[0] * 2.0**20))
+    steps = np.floor(np.floor(roots * multiplier + 0.5) * 2.0**exponent + 0.5)
+    return np.clip(steps + grid.zero_point, -128, 127).astype(int)
+
+
 def softmax_16(integers, scale):
     """SOFTMAX of 16-bit integers along the last axis: two look-ups with 512 linear pieces each.
 

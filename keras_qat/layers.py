@@ -65,6 +65,7 @@ class FakeQuant(keras.layers.Layer):
         factors=None,
         constant=1.0,
         count=1,
+        terms=None,
         training=None,
     ):
         """Rounds `x` to the grid.
@@ -80,12 +81,15 @@ class FakeQuant(keras.layers.Layer):
                 all kernels round products alike.
             constant: The scale of a constant factor.
             count: How many values a mean is over (see `numerics.snap_to_kernels`).
+            terms: The scales of two tensors that the group's tensor is the sum of; at inference its range is moved to where
+                all kernels add alike.
 
         Returns:
             The rounded tensor and the scale.
         """
         if peek:
-            return x, numerics.grid(*self.quantizer.known_limits(), self.spec)[2]
+            low, high, scale = numerics.grid(*self.quantizer.known_limits(), self.spec)
+            return x, scale if terms is None or training else numerics.grid_of_sum(low, high, self.spec, *terms)[2]
         x = ops.cast(x, "float32")
         if _calibrating.get():
             if observe and self.quantizer.observes:
@@ -101,6 +105,8 @@ class FakeQuant(keras.layers.Layer):
         if factors is not None:
             low, high, scale, quarter_step = self._snapped(low, high, factors, constant, count)
             x = x + quarter_step * ops.stop_gradient(ops.sign(x))
+        if terms is not None and not training:
+            low, high, scale = numerics.grid_of_sum(low, high, self.spec, *terms)
         if training and not self.in_training:
             return x, scale
         if rounding in ("away", "up"):
@@ -114,11 +120,15 @@ class FakeQuant(keras.layers.Layer):
         step = constant * math.prod(factors[1:], start=factors[0])
         return numerics.snapped_grid(low, high, self.spec, step, count)
 
-    def parameters(self, factors=None, constant=1.0, count=1) -> tuple[float, int]:
+    def parameters(self, factors=None, constant=1.0, count=1, terms=None) -> tuple[float, int]:
         """The scale and the zero point as the file gets them."""
         low, high = numerics.widen(*[np.float32(limit) for limit in self.quantizer.known_limits(np.float32(0))])
         if factors is not None:
             low, high, *_ = self._snapped(low, high, [np.float32(factor) for factor in factors], constant, count)
+        if terms is not None:  # the search that inference makes, by the same operations
+            terms = [ops.convert_to_tensor(term, "float32") for term in terms]
+            ends = numerics.grid_of_sum(ops.convert_to_tensor(low), ops.convert_to_tensor(high), self.spec, *terms)
+            low, high = (np.float32(end) for end in ends[:2])
         return numerics.scale_and_zero_point(low, high, self.spec)
 
     def compute_output_spec(self, x, **kwargs):

@@ -113,6 +113,11 @@ def _both_inputs(node, scales):
     return {"factors": scales}
 
 
+def _both_terms(node, scales):
+    """Not for vectors: those of an unrolled recurrent layer are hundreds, of a few numbers each."""
+    return {"terms": scales} if len(node.outputs[0].shape) > 2 else None
+
+
 def _mean_factors(node, scales):
     count = pooling.values_per_mean(node)
     return {"factors": scales[:1], "constant": 1.0 / count, "count": count} if _is_mean(node) else None
@@ -310,7 +315,7 @@ OPERATIONS: dict[str, Row] = {
     # arithmetic
     "ops.Add": Row("ADD", "own", arithmetic.add, fuses=True, refuses=_two_tensors),
     "ops.Subtract": Row("SUB", "own", arithmetic.subtract, fuses=True, refuses=_two_tensors),
-    "Sum": Row("ADD / SUB", "own", arithmetic.sum_of_two, fuses=True),
+    "Sum": Row("ADD / SUB", "own", arithmetic.sum_of_two, fuses=True, factors=_both_terms),
     "ops.Multiply": Row("MUL", "own", arithmetic.multiply, fuses=True, refuses=_two_tensors, factors=_both_inputs),
     "ops.Maximum": Row("MAXIMUM", "same", arithmetic.maximum, refuses=_two_tensors),
     "ops.Minimum": Row("MINIMUM", "same", arithmetic.minimum, refuses=_two_tensors),

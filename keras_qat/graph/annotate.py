@@ -328,7 +328,8 @@ class _Annotator:
 
     def _scale_at(self, site: Site, x):
         """The scale of a site's grid, before its tensor is there."""
-        return self._fake_quant(site, x, {"peek": True})[1]
+        terms = {key: value for key, value in self.products.get(site.group, {}).items() if key == "terms"}
+        return self._fake_quant(site, x, {"peek": True, **terms})[1]
 
     def _behind(self, old, new):
         """The new tensor, on its grid if the plan wants one there."""

@@ -163,8 +163,8 @@ class _Freezer:
         self.values[id(node.outputs[0])] = tensor
 
     def _product(self, node) -> dict:
-        """What a tensor is a product of (see `FakeQuant.call`), the scales read off the tensors already written."""
-        if "factors" not in node.arguments.kwargs:
+        """What a tensor is a product or a sum of (see `FakeQuant.call`), the scales read off the tensors already written."""
+        if not {"factors", "terms"} & set(node.arguments.kwargs):
             return {}
         if node.operation not in self.products:
             product = self.values[id(node.input_tensors[0])]

@@ -193,6 +193,24 @@ def test_mean_rounds_once_on_a_moved_scale(runtime, count):
     assert not differing(found, expected)
 
 
+# --- RSQRT -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("runtime", ["litert", "tflm"])
+def test_rsqrt_is_the_kernels(runtime):
+    """XNNPACK leaves it to LiteRT's kernel."""
+    generator, ops, expected = np.random.default_rng(9), OpsInParallel(), []
+    for scale in np.exp(generator.uniform(np.log(1e-3), np.log(20), 60)).astype(np.float32):
+        source = float(scale), -128
+        output = float(np.float32(scale**-0.5 / generator.uniform(10, 300))), int(generator.integers(-128, 0))
+        ops.add("RSQRT", ALL_INT8, source, (256,), output)
+        source, grid = (Tensor(name, (256,), scale=(s,), zero_point=z) for name, (s, z) in zip("ab", (source, output)))
+        expected.append([kernels.rsqrt(source, grid, hair) for hair in (-0.05, 0.05)])
+    found = ops.run(runtime)
+    assert not [index for index, pair in enumerate(expected) if not any((found[index] == one).all() for one in pair)]
+    assert sum((one == other).all() for one, other in expected) > 50
+
+
 # --- MUL with a constant ---------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from keras_qat import kernels
 from keras_qat.graph.emit.call import Call
 from keras_qat.graph.lookups import FLOAT_OPS, SINGLE_OPS
 from keras_qat.graph.walk import key_of, nodes_of
@@ -65,12 +66,9 @@ def inverse_root(call: Call) -> None:
 
 
 def _rsqrt_has(results, call: Call) -> bool:
-    """Whether RSQRT computes them. Its fixed-point numbers decide otherwise within a thousandth of a tie."""
-    grid = call.program.tensors[call.output]
-    with np.errstate(divide="ignore"):
-        steps = np.minimum(1.0 / np.sqrt(_numbers(call).astype(np.float64)) / grid.scale[0], 255.25)
-    is_clear = np.abs(steps - np.floor(steps) - 0.5) > 1e-3
-    return bool(np.all(is_clear)) and np.array_equal(np.floor(steps + 0.5) + grid.zero_point, results)
+    """Whether RSQRT computes them. Its roots are a hair off, which must not matter."""
+    source, grid = (call.program.tensors[name] for name in (call.inputs[0], call.output))
+    return all(np.array_equal(kernels.rsqrt(source, grid, hair), results) for hair in (-0.05, 0.05))
 
 
 def _inverse_root_in_float(call: Call) -> None:
