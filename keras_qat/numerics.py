@@ -89,7 +89,7 @@ def snapped_grid(low, high, spec: Spec, step, count: int = 1):
     return low, high, scale_and_zero_point(low, high, spec)[0], 0.25 * step * moved
 
 
-_STRETCHES = np.float32(1 + np.arange(2048) * 2.0**-20)  # ranges to try for a sum
+_STRETCHES = 1.0 + np.arange(2048) * 2.0**-20  # ranges to try for a sum
 _FINALISTS = 8
 
 
@@ -109,10 +109,9 @@ def grid_of_sum(low, high, spec: Spec, first, second):
     Returns:
         `(low, high, scale)`.
     """
-    lows, highs = low * _STRETCHES, high * _STRETCHES
-    # As `scale_and_zero_point` has it; subtracted in float32, XLA would make one operation of this and the product.
-    spans = tf.cast(tf.cast(highs, "float64") - tf.cast(lows, "float64"), "float32")
-    scales = tf.cast(tf.cast(spans, "float64") / (2.0**spec.bits - 1.0), "float32")
+    # In float64 for XLA, which would make one operation of a float32 product and the difference behind it.
+    lows, highs = (tf.cast(tf.cast(end, "float64") * _STRETCHES, "float32") for end in (low, high))
+    scales, _ = scale_and_zero_point(lows, highs, spec)
     ratios = [tf.cast(scale, "float64") / tf.cast(scales, "float64") for scale in (first, second)]
     largest = tf.bitcast(tf.maximum(*ratios), "int64")
     unit = tf.bitcast((largest // 2**52 - 20) * 2**52, "float64")  # 2^-20 of the power of two below it

@@ -43,7 +43,8 @@ class Row:
         limits: The prescribed range of a "fixed" row.
         refuses: `node -> (reason, way out)` for the configurations that TFLite cannot express, else None.
         factors: `(node, scales of its inputs) -> {"factors": scales, ...}`, whose product is the scale of the op's
-            accumulator, for an op whose range can be moved so that all kernels round alike (see `FakeQuant.call`).
+            accumulator, or `{"terms": scales}`, for an op whose range can be moved so that all kernels round alike (see
+            `FakeQuant.call`).
         bits: Of the result, where they are more than those of what it reads.
         ties: Of a "rounded" row, `node -> which way its kernel rounds ties`: "away" from the integer zero, or "up".
         activation: What a "clamp" is as the fused activation of the op in front of it; None where the grid does it all.

@@ -231,7 +231,7 @@ class Sum(GridLayer):
     """`x + y`, or `x - y`; at inference in float64, which the 20 extra bits of the kernels come closest to.
 
     In float32 a sum is off by 1e-5 of a step. Where both are on one grid all elements with the same sum stand at the same
-    place between two steps, so that one tie can be a percent of them.
+    place between two steps, so that one tie can be a percent of them. (`numerics.grid_of_sum` keeps away from ties.)
 
     Args:
         sign: Of `y`, 1 or -1.

@@ -57,7 +57,7 @@ class Plan:
         fused: Ids of the nodes whose activation is fused into the op in front.
         behind: Tensor id → the site of the activation that is fused behind it.
         groups: The sites of each group.
-        products: The groups whose range can be moved to where all kernels round products alike.
+        products: The groups whose range can be moved to where all kernels round products, or sums, alike.
     """
 
     kinds: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -235,7 +235,7 @@ def _form_groups(result: Plan, leader_of) -> None:
 
 
 def _groups_of_products(result: Plan, flow: _Flow, groups: _Groups) -> set[int]:
-    """The groups whose tensors are all products of tensors on the same grids, so that their accumulators have one scale."""
+    """The groups whose tensors are all products, or sums, of tensors on the same grids."""
     grids = {groups.find(id(flow.root[key])): _grid_of(site) for key, site in result.sites.items()}
     grids.update({key: _grid_of(site) for key, site in result.sites.items()})
     factors_of: dict[int, set] = {}
@@ -291,7 +291,7 @@ class _Annotator:
         self.reused = Reused()
         self.scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid
         self.seconds: dict[int, object] = {}  # a root's id → its value on the grid of its second site
-        self.products: dict[int, dict] = {}  # group → what its tensor is a product of
+        self.products: dict[int, dict] = {}  # group → what its tensor is a product or a sum of
 
     def rebuilt(self, model: Graph) -> Graph:
         inputs = fresh_inputs(model)

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras_qat import kernels, numerics
 from keras_qat.layers import Rescale
 from keras_qat.primitives import Sum
+from keras_qat.spec import Spec
 from tflite_export import Op, Program, Tensor, write
 from tflite_export.runtimes import RUNTIMES, run
 
@@ -240,7 +241,7 @@ def test_rescale_rounds_once(runtime, same_grid):
 def sum_cases() -> list:
     """Grids of both terms and of the sum; in every third case that of both terms is the same."""
     generator, cases = np.random.default_rng(3), []
-    for index, (first, second) in enumerate(zip(random_grids(12, seed=7), random_grids(12, seed=8), strict=True)):
+    for index, (first, second) in enumerate(zip(random_grids(24, seed=7), random_grids(24, seed=8), strict=True)):
         second = first if index % 3 == 0 else second
         coarseness = generator.uniform(0.6, 2.0)
         output = float(np.float32(max(first[0], second[0]) * coarseness)), int(generator.integers(-128, 128))
@@ -248,13 +249,25 @@ def sum_cases() -> list:
     return cases
 
 
+def moved_for_sums(grid, *terms) -> tuple[float, int]:
+    """The grid that a FakeQuant behind a sum of such terms makes of one."""
+    ends = [(tf.constant(integer - grid[1], "float32")) * grid[0] for integer in (-128, 127)]
+    low, high, scale = numerics.grid_of_sum(*ends, Spec(), *map(tf.constant, terms))
+    assert 1 - 1e-6 < scale / grid[0] < 1.0021
+    return float(scale), numerics.scale_and_zero_point(np.float32(low), np.float32(high), Spec())[1]
+
+
 @each_runtime
 @pytest.mark.parametrize("kind, sign", [("ADD", 1), ("SUB", -1)])
-def test_sums_are_the_kernels(runtime, kind, sign):
-    """All pairs of integers. (XNNPACK's multipliers have 21 bits: a few in a million are on the other side of a tie.)"""
+@pytest.mark.parametrize("moved", [True, False])
+def test_sums_are_the_kernels(runtime, kind, sign, moved):
+    """All pairs of integers. (XNNPACK's multipliers have 21 bits: a few in a million are on the other side of a tie, but
+    not where the range is moved.)
+    """
     ops, expected, layer = OpsInParallel(), [], Sum(sign)
     pairs = [numbers.ravel() for numbers in np.meshgrid(ALL_INT8, ALL_INT8)]
     for first, second, output in sum_cases():
+        output = moved_for_sums(output, first[0], second[0]) if moved else output
         constant = Tensor("term", (1, 65536), "int8", (second[0],), second[1], data=pairs[1][None])
         ops.add(kind, pairs[0], first, (65536,), output, [constant])
         scales = [tf.constant(grid[0]) for grid in (first, second, output)]
@@ -262,7 +275,9 @@ def test_sums_are_the_kernels(runtime, kind, sign):
         real = np.asarray(layer(*terms, *scales)) / np.float32(output[0])
         expected.append(np.clip(np.round(real) + output[1], -128, 127).astype(int))
     found = differing(ops.run(runtime), expected)
-    if runtime == "xnnpack":
+    if moved:
+        assert not found
+    elif runtime == "xnnpack":
         assert sum(count for count, _ in found.values()) <= 3e-5 * 65536 * len(expected)
         assert all(most == 1 for _, most in found.values())
     else:
