@@ -17,7 +17,6 @@ To add an op, add a row here and a function to one of graph/emit/ that writes it
 """
 
 import dataclasses
-import math
 import types
 from collections.abc import Callable
 
@@ -27,6 +26,7 @@ from keras_qat import numerics
 from keras_qat.compounds import Probabilities
 from keras_qat.graph.emit import arithmetic, functions, pooling, resizing, shapes, truths, weighted, wide
 from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS
+from keras_qat.graph.rows import batch_axis
 from keras_qat.graph.walk import is_index, key_of
 
 
@@ -105,8 +105,9 @@ def _slices(node):
         return f"Only numbers and slices can stand in the brackets. Received: {keys}", "Use ops.take for the rest."
     if any(k.step is not None and k.step < 0 for k in steps):
         return "A slice runs backwards.", "Use a positive step."
-    if keys and keys[0] not in (Ellipsis, slice(None)):
-        return "It slices the batch axis.", "Slice behind the batch axis only."
+    rank, batch = len(node.input_tensors[0].shape), batch_axis(node.input_tensors[0])
+    if batch is not None and shapes.expanded(keys, rank)[batch] != slice(None):
+        return "It slices the batch axis.", "Slice other axes only."
     return None
 
 
@@ -134,7 +135,8 @@ def _mean_range(node):
 
 def _reduces(node):
     axes, rank = pooling.reduced_axes(node), len(node.input_tensors[0].shape)
-    return ("It reduces the batch axis.", f"Name the axes: axis={tuple(range(1, rank))}.") if 0 in axes else None
+    is_over_batch = batch_axis(node.input_tensors[0]) in axes
+    return ("It reduces the batch axis.", f"Name the axes: axis={tuple(range(1, rank))}.") if is_over_batch else None
 
 
 def _matmuls(node):
@@ -147,7 +149,7 @@ def _matmuls(node):
 
 def _takes(node):
     axis, rank = node.operation.axis, len(node.input_tensors[0].shape)
-    if axis is None or (len(node.input_tensors) == 1 and axis % rank == 0):
+    if axis is None or (len(node.input_tensors) == 1 and axis % rank == batch_axis(node.input_tensors[0])):
         return "It takes from the batch axis.", "Name another axis."
     return None
 
@@ -191,7 +193,8 @@ def _global_average(call):
 
 def _concatenates(node):
     axis, rank = node.operation.axis, len(node.outputs[0].shape)
-    return None if axis % rank else ("It joins tensors along the batch axis.", "Use axis=-1, or another behind axis 0.")
+    is_batch = axis % rank == batch_axis(node.outputs[0])
+    return ("It joins tensors along the batch axis.", "Use axis=-1, or another behind axis 0.") if is_batch else None
 
 
 def _relu_with_options(node):
@@ -206,15 +209,9 @@ def _relu_with_options(node):
 
 def _keeps_batch(node):
     shape_in, shape_out = node.input_tensors[0].shape, node.outputs[0].shape
-    sizes = (*shape_in[1:], *shape_out[1:])
-    if None in sizes or math.prod(shape_in[1:]) != math.prod(shape_out[1:]):
+    if max(shape_in.count(None), shape_out.count(None)) > 1:
         return f"It mixes the batch into another axis ({shape_in} → {shape_out}).", "Keep the batch axis as it is."
     return None
-
-
-def _transposes(node):
-    order = shapes.transpose_order(node)
-    return None if order[0] == 0 else (f"It moves the batch axis (axes={order}).", "Keep axis 0 in front.")
 
 
 def _pads(node):
@@ -358,7 +355,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Reshape": _RESHAPE,
     "ops.ExpandDims": _RESHAPE,
     "ops.Squeeze": _RESHAPE,
-    "ops.Transpose": Row("TRANSPOSE", "same", shapes.transpose, refuses=_transposes),
+    "ops.Transpose": Row("TRANSPOSE", "same", shapes.transpose),
     "ops.GetItem": Row("STRIDED_SLICE", "same", shapes.strided_slice, refuses=_slices),
     "ops.Concatenate": Row("CONCATENATION", "same", shapes.concatenation, refuses=_concatenates),
     "ops.Take": Row("GATHER", "same", shapes.take, refuses=_takes),

@@ -16,6 +16,7 @@ from keras_qat.graph.annotate import Plan, annotate, plan, row_of_node
 from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
 from keras_qat.graph.lower import lowering_of
+from keras_qat.graph.rows import batch_axis, rows_per_sample
 from keras_qat.graph.trace import original, trace
 from keras_qat.graph.twins import merge_twins
 from keras_qat.graph.walk import Graph, input_names, key_of, nodes_of, operations_of, output_names
@@ -235,6 +236,22 @@ def _refusals(flat) -> list[Problem]:
         answer = row.refuses(node) if row is not None and row.refuses is not None else None
         if answer is not None:
             found.append(Problem(_place(node.operation), type(node.operation).__name__, *answer))
+    return found or _mixed_samples(flat)
+
+
+def _mixed_samples(flat) -> list[Problem]:
+    """The nodes that make rows of a batch out of parts of several samples, or outputs that are no batch of results."""
+    found, rows = [], rows_per_sample(flat)
+    outputs = {id(tensor) for tensor in flat.outputs}
+    for node in nodes_of(flat):
+        count = rows[id(node.outputs[0])]
+        is_output = id(node.outputs[0]) in outputs
+        if count.denominator > 1 or (is_output and (count > 1 or batch_axis(node.outputs[0]) not in (0, None))):
+            before, after = node.input_tensors[0].shape, node.outputs[0].shape
+            reason = f"It mixes the batch into another axis ({before} → {after}): {count} rows of the result for each sample."
+            found.append(
+                Problem(_place(node.operation), type(node.operation).__name__, reason, "Keep the batch axis as it is.")
+            )
     return found
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from tflite_export.axes import with_few_axes
 from tflite_export.memory import in_frugal_order
 from tflite_export.program import Op, Program
 from tflite_export.slices import crop_before_padding, is_alone, merge_slices
@@ -172,6 +173,7 @@ def share_numbers(program: Program) -> Program:
 
 
 REWRITES = (
+    with_few_axes,
     merge_reshapes,
     keep_reduced_axes,
     merge_transposes,

@@ -1,6 +1,7 @@
 """QAT model → Program: the integers of training, and nothing else."""
 
 import dataclasses
+from fractions import Fraction
 
 import keras
 import numpy as np
@@ -8,6 +9,7 @@ from keras import tree
 
 from keras_qat.graph.annotate import GONE, row_of_node
 from keras_qat.graph.emit.call import Call
+from keras_qat.graph.rows import batch_axis, rows_per_sample
 from keras_qat.graph.walk import input_names, is_index, nodes_of, output_names, path_of
 from keras_qat.layers import FakeQuant, Quantized, Rescale, require_qat
 from keras_qat.primitives import Slope
@@ -43,7 +45,9 @@ def freeze(
     """
     _require_ranges(qat)
     program = Program(dynamic_batch=dynamic_batch, description=f"{qat.name}, quantized by keras_qat")
-    freezer = _Freezer(program, portable)
+    freezer = _Freezer(program, portable, rows_per_sample(qat))
+    if dynamic_batch:
+        freezer.require_one_row(qat)
     for tensor in qat.inputs:
         freezer.begin(tensor)
     for node in nodes_of(qat):
@@ -80,16 +84,29 @@ class _Pending:
 class _Freezer:
     """Walks through a QAT model. `values` maps tensor ids to names of integer tensors, or to what is still pending."""
 
-    def __init__(self, program: Program, portable: bool):
-        self.program, self.portable = program, portable
+    def __init__(self, program: Program, portable: bool, rows: dict[int, Fraction]):
+        self.program, self.portable, self.rows = program, portable, rows
         self.values: dict[int, object] = {}
         self.products: dict[FakeQuant, dict] = {}
         self.floats: dict[str, str] = {}  # integer tensor → its DEQUANTIZE
 
+    def shape(self, tensor) -> tuple[int, ...]:
+        """Of a batch of one sample."""
+        return tuple(int(self.rows[id(tensor)]) if size is None else size for size in tensor.shape)
+
+    def require_one_row(self, qat) -> None:
+        for node in nodes_of(qat):
+            result = node.outputs[0]
+            if self.rows[id(result)] > 1 or batch_axis(result) not in (0, None):
+                raise ValueError(
+                    f"Layer {path_of(node.operation)!r}: the batch is not its first axis, or has several rows for each "
+                    "sample. Expected: dynamic_batch=False."
+                )
+
     def begin(self, tensor) -> None:
         if is_index(tensor):
             name = tensor._keras_history.operation.name
-            self.values[id(tensor)] = self.program.add(Tensor(name, (1, *tensor.shape[1:]), _type_of_index(tensor)))
+            self.values[id(tensor)] = self.program.add(Tensor(name, self.shape(tensor), _type_of_index(tensor)))
             self.program.inputs[name] = self.values[id(tensor)]
             return
         self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name, shape=tensor.shape)
@@ -117,7 +134,7 @@ class _Freezer:
             result = self._in_float(node, sources)
         elif kind == "index":
             output = node.outputs[0]
-            result = self.program.add(Tensor(node.operation.name, (1, *output.shape[1:]), _type_of_index(output)))
+            result = self.program.add(Tensor(node.operation.name, self.shape(output), _type_of_index(output)))
             self._emit(node, sources, result, None)
         else:
             result = _Pending(node, sources, node.operation.name)
@@ -126,7 +143,7 @@ class _Freezer:
     def _in_float(self, node, sources) -> str:
         """An operation that stays in float, a DEQUANTIZE in front of it where it reads integers."""
         sources = [self._as_float(source) for source in sources]
-        tensor = self.program.add(Tensor(node.operation.name, (1, *node.outputs[0].shape[1:]), "float32"))
+        tensor = self.program.add(Tensor(node.operation.name, self.shape(node.outputs[0]), "float32"))
         self._emit(node, sources, tensor, None)
         return tensor
 
@@ -148,9 +165,7 @@ class _Freezer:
         """A FakeQuant: whatever is pending in front of it is written to a tensor of its grid."""
         scale, zero_point = node.operation.parameters(**self._product(node))
         value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
-        made_by = getattr(value, "node", None)
-        is_constant = made_by is not None and row_of_node(made_by).range_kind(made_by) == "constant"
-        shape = like.shape if is_constant and None not in like.shape else (1, *like.shape[1:])
+        shape = self.shape(like)
         name = value.name if isinstance(value, _Pending) else f"{value}/integers"
         dtype = "int16" if node.operation.spec.bits == 16 else "int8"
         tensor = self.program.add(Tensor(name, shape, dtype, scale=(float(scale),), zero_point=zero_point))
@@ -174,7 +189,7 @@ class _Freezer:
 
     def _like_input(self, node, sources: list[str]) -> str:
         """An operation that only moves values: its result is on the grid of its input."""
-        shape = (1, *node.outputs[0].shape[1:])
+        shape = self.shape(node.outputs[0])
         tensor = self.program.add(
             dataclasses.replace(
                 self.program.tensors[sources[0]], name=node.operation.name, shape=shape, data=None, batched=True
@@ -217,6 +232,8 @@ def taps(qat: keras.Model) -> tuple[list[str], keras.Model]:
     found: dict[str, object] = {}
     for node in nodes_of(qat):
         if isinstance(node.operation, FakeQuant) and not node.arguments.kwargs.get("peek"):
-            found[unique_name(node.input_tensors[0]._keras_history.operation.name, found)] = node.outputs[0]
+            value = node.outputs[0]
+            value = keras.ops.moveaxis(value, batch_axis(value), 0) if batch_axis(value) else value
+            found[unique_name(node.input_tensors[0]._keras_history.operation.name, found)] = value
     inputs = tree.map_structure(lambda x: x, qat._inputs_struct)
     return list(found), keras.Model(inputs, list(found.values()))

@@ -14,7 +14,7 @@ def _pool(call: Call, kind: str, window, strides, padding: str) -> None:
         output_size(size, wide, stride, 1, padding)
         for size, wide, stride in zip(call.shape(image)[1:3], window, strides, strict=True)
     ]
-    result = call.image_output((1, *sizes, call.shape(image)[-1]))
+    result = call.image_output((call.shape(image)[0], *sizes, call.shape(image)[-1]))
     call.op(
         kind,
         [image],

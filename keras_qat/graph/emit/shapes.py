@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_qat.graph.emit.call import Call
+from keras_qat.graph.rows import batch_axis
 from keras_qat.graph.walk import path_of
 
 
@@ -56,7 +57,7 @@ def slice_keys(node) -> tuple:
 def strided_slice(call: Call) -> None:
     keys, rank = slice_keys(call.node), len(call.shape(call.inputs[0]))
     begin, end, step, shrink = [], [], [], 0
-    for axis, key in enumerate(_expanded(keys, rank)):
+    for axis, key in enumerate(expanded(keys, rank)):
         size = call.shape(call.inputs[0])[axis]
         if isinstance(key, int):
             first, last, stride = key % size, key % size + 1, 1
@@ -65,18 +66,19 @@ def strided_slice(call: Call) -> None:
             first, last, stride = key.indices(size)
         begin.append(first), end.append(last), step.append(stride)
     # The whole batch, however large: its begin and end are masked out.
-    masks = {"beginMask": 1, "endMask": 1, "shrinkAxisMask": shrink}
+    whole = 1 << (batch_axis(call.node.input_tensors[0]) or 0)
+    masks = {"beginMask": whole & ~shrink, "endMask": whole & ~shrink, "shrinkAxisMask": shrink}
     new_axes = [key for key in keys if key is None]
     bounds = [call.constant(*pair, "int32") for pair in (("begin", begin), ("end", end), ("step", step))]
     if not new_axes:
         return call.op("STRIDED_SLICE", [call.inputs[0], *bounds], call.output, **masks)
-    sizes = [n for n, axis in zip(call.node.outputs[0].shape, _kept(keys, rank), strict=True) if axis]
-    sliced = call.twin(call.output, (1, *sizes[1:]), "slice")
+    sizes = [n for n, axis in zip(call.shape(call.output), _kept(keys, rank), strict=True) if axis]
+    sliced = call.twin(call.output, sizes, "slice")
     call.op("STRIDED_SLICE", [call.inputs[0], *bounds], sliced, **masks)
     call.reshape(sliced, call.output)
 
 
-def _expanded(keys, rank) -> list:
+def expanded(keys, rank) -> list:
     """The keys with the ellipsis and the missing ones written out, without new axes."""
     keys = [key for key in keys if key is not None]
     missing = [slice(None)] * (rank - sum(key is not Ellipsis for key in keys))

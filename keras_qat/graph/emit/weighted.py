@@ -41,7 +41,7 @@ def _convolution(call: Call, kind: str, kernel, axis, strides, dilation, padding
         output_size(*sizes, padding)
         for sizes in zip(call.shape(image)[1:3], kernel.shape[1:3], strides, dilation, strict=True)
     )
-    result = call.image_output((1, height, width, kernel.shape[axis]))
+    result = call.image_output((call.shape(image)[0], height, width, kernel.shape[axis]))
     call.op(
         kind,
         [image, *constants],

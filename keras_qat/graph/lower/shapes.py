@@ -86,12 +86,18 @@ def _flip(operation, args, kwargs):
 
 
 def _roll(operation, args, kwargs):
-    if not isinstance(operation.axis, int) or not isinstance(operation.shift, int):
+    axes, shifts = np.ravel(operation.axis), np.ravel(operation.shift)
+    if operation.axis is None or any(args[0].shape[axis] is None for axis in axes):
         return None
-    axis, size = operation.axis, args[0].shape[operation.axis]
-    shift = -operation.shift % size
-    first, second = _at(axis, slice(shift, None), len(args[0].shape)), _at(axis, slice(0, shift), len(args[0].shape))
-    return lambda x: ops.concatenate([x[first], x[second]], axis=axis) if shift else x
+
+    def roll(x):
+        for axis, shift in zip(axes.tolist(), np.broadcast_to(shifts, axes.shape).tolist(), strict=True):
+            begin, rank = -shift % x.shape[axis], len(x.shape)
+            parts = _at(axis, slice(begin, None), rank), _at(axis, slice(0, begin), rank)
+            x = ops.concatenate([x[part] for part in parts], axis=axis) if begin else x
+        return x
+
+    return roll
 
 
 def _repeat_vector(layer, args, kwargs):
