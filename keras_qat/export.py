@@ -86,15 +86,21 @@ def export(
     content = tflite_export.write(freeze(qat, input_type, output_type, dynamic_batch, portable))
     samples = _random_inputs(qat) if verify_with is None else input_values(qat, _samples(verify_with))
     parity = tflite_export.verify(content, lambda x: qat.predict(as_called(qat, x), verbose=0), samples, runtimes)
+    summary = tflite_export.inspect(content)
     if not parity.passed:
+        resizes = "RESIZE_BILINEAR" in summary.op_counts
         raise ExportError(
             f"{path} was not written: the runtimes disagree with the QAT model.\n{parity}\nTo see which layer is the first: "
             "tflite_export.verify(tflite_export.write(kq.freeze(qat)), qat, x, per_layer=True). Outputs that are nearly tied "
-            "count too: train the model for some epochs before you judge it.",
+            "count too: train the model for some epochs before you judge it."
+            + (
+                f" {_OTHER_TIES}"
+                if resizes and {r.runtime for r in parity.results if not r.passed} == {"xnnpack"}
+                else ""
+            ),
             parity,
         )
     _write_atomically(path, content)
-    summary = tflite_export.inspect(content)
     single = [op for op in summary.op_counts if op in SINGLE_OPS.values() and not BUILTINS[op].micro]
     if (
         single
@@ -106,6 +112,12 @@ def export(
             f"tflm: portable=True writes {', '.join(single)} as a look-up, which TensorFlow Lite Micro has. The integers are the same."
         )
     return ExportReport(str(path), summary, parity)
+
+
+_OTHER_TIES = (
+    "XNNPACK rounds ties of RESIZE_BILINEAR otherwise than the other runtimes: with "
+    "kq.quantize(model, scheme=kq.Scheme(exact_upsampling=True)) they all agree, and upsampling takes longer."
+)
 
 
 def _path(path: str | os.PathLike) -> pathlib.Path:

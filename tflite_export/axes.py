@@ -27,7 +27,7 @@ def with_few_axes(program: Program) -> Program:
 def _transposed(op: Op, program: Program) -> list[Op]:
     order = program.tensors[op.inputs[1]].data.tolist()
     shape = program.tensors[op.inputs[0]].shape
-    order = [axis for axis in order if shape[axis] > 1]
+    order = [axis for axis in order if shape[axis] > 1] or [0]
     groups = [[axis] for axis in order]
     if len(groups) > _MOST_AXES:
         groups = _runs(order, shape)
@@ -62,7 +62,7 @@ def _sliced(op: Op, program: Program) -> list[Op]:
         )
         picked.append(range(size)[begin : begin + 1] if _shrinks(op, axis) else range(size)[begin:end:step])
     is_whole = [len(indices) == size for indices, size in zip(picked, shape, strict=True)]
-    groups = [[axis] for axis in range(len(shape)) if shape[axis] > 1]
+    groups = [[axis] for axis in range(len(shape)) if shape[axis] > 1] or [[0]]
     if len(groups) > _MOST_AXES:  # those beside each other that are taken whole
         merged: list[list[int]] = []
         for (axis,) in groups:

@@ -11,8 +11,9 @@ from keras import ops, tree
 
 from keras_qat.graph.walk import key_of
 
-# The first has many divisors; the second is twice as large, so that quotients which are rounded show.
-_SIZES = (12, 24)
+# They have many divisors. Each runs on a batch twice as large too, so that quotients which are rounded show. The second is for
+# what divides the batch by a number of windows.
+_SIZES = (12, 20160)
 _ARRAYS = (np.ndarray, tf.Tensor)
 _Tile = type(ops.tile(keras.KerasTensor((1,)), 1)._keras_history.operation)
 
@@ -28,13 +29,25 @@ class DependsOnBatch(ValueError):
 def run_on_two_batches(run):
     """The graph of a call, for a batch of any size.
 
+    Raises:
+        DependsOnBatch: if there is none; whatever the call raises itself where it runs on neither batch.
+
     Args:
         run: `size -> (graph, ...)`, which runs the call on a batch of that size.
 
     Returns:
         What `run` returns for the first size, its graph edited.
     """
-    ran, (other, *_) = (run(size) for size in _SIZES)
+    try:
+        return _generalized(run, _SIZES[0])
+    except DependsOnBatch:
+        raise
+    except Exception:
+        return _generalized(run, _SIZES[1])
+
+
+def _generalized(run, size: int):
+    ran, (other, *_) = run(size), run(2 * size)
     graph = ran[0]
     if graph is None:
         return ran
@@ -88,7 +101,7 @@ def _merged(one, other):
     """What two runs gave for the same thing."""
     if one is other or isinstance(one, keras.KerasTensor):
         return one
-    if isinstance(one, int) and isinstance(other, int) and one != other and one * _SIZES[1] == other * _SIZES[0]:
+    if isinstance(one, int) and isinstance(other, int) and one != other and 2 * one == other:
         return _Open()
     if getattr(one, "shape", ()) != getattr(other, "shape", ()):
         return _one_sample(one, other)
@@ -100,7 +113,7 @@ def _merged(one, other):
 def _one_sample(one, other):
     """Of a constant that repeats the same for each sample."""
     sizes = (one.shape[0], other.shape[0])
-    if tuple(one.shape[1:]) != tuple(other.shape[1:]) or sizes[0] * _SIZES[1] != sizes[1] * _SIZES[0]:
+    if tuple(one.shape[1:]) != tuple(other.shape[1:]) or 2 * sizes[0] != sizes[1]:
         raise DependsOnBatch(f"It makes constants of the shapes {one.shape} and {other.shape}.")
     sample = one[:1]
     if not np.array_equal(one, np.repeat(sample, sizes[0], axis=0)):

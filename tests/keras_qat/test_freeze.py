@@ -483,6 +483,16 @@ def test_weights_that_became_nan_are_named():
         kq.freeze(qat)
 
 
+def test_upsampling_whose_ties_xnnpack_rounds_otherwise_is_told_how_to_be_exact(tmp_path):
+    larger = [layers.UpSampling2D(2, interpolation="bilinear") for _ in range(2)]
+    model = model_of(layers.Dense(32), larger[0], layers.Dense(32), larger[1], layers.Dense(64))
+    x = data(count=64)
+    with pytest.raises(kq.ExportError, match="exact_upsampling=True"):
+        kq.export(calibrated(model, x), tmp_path / "model.tflite", x)
+    qat = kq.calibrate(kq.quantize(model, scheme=kq.Scheme(exact_upsampling=True)), x)
+    assert kq.export(qat, tmp_path / "model.tflite", x).parity.exact
+
+
 def test_a_file_that_microcontrollers_refuse_says_so_and_how_to_write_another(tmp_path):
     model = keras.Sequential([keras.Input((8,)), layers.Dense(8, activation="gelu"), layers.Dense(2)])
     x = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
