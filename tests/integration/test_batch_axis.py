@@ -64,6 +64,16 @@ def shifted(x):
     return x + ops.roll(y, (2, 2), (1, 2))
 
 
+APART = np.float32(-100 * (np.arange(16)[:, None] % 4 // 2 != np.arange(16) % 4 // 2))  # the halves of a window
+
+
+def masked(x):
+    """As Swin hides from each other what only a shift brought into one window."""
+    query, key, value = (ops.reshape(layers.Dense(16)(windows(x)), (-1, 4, 16, 16)) for _ in range(3))
+    scores = 0.25 * ops.matmul(query, ops.swapaxes(key, -2, -1)) + np.stack([0 * APART, APART, APART, APART])[None]
+    return joined(ops.reshape(ops.matmul(ops.softmax(scores, axis=-1), value), (-1, 16, 16)), x.shape[1:])
+
+
 def convolved(x):
     y = ops.reshape(windows(x), (-1, 4, 4, x.shape[-1]))
     y = layers.MaxPooling2D(2)(layers.Conv2D(16, 3, padding="same")(y))
@@ -80,6 +90,7 @@ CASES = {
         MAPS,
         lambda x: joined(layers.MultiHeadAttention(2, 8)(windows(x), windows(x)), x.shape[1:]),
     ),
+    "windows_masked": (MAPS, masked),
     "windows_convolved": (MAPS, convolved),
 }
 
