@@ -16,15 +16,16 @@ def with_few_axes(program: Program) -> Program:
     """TRANSPOSE and STRIDED_SLICE of more than four axes are those of fewer."""
     if program.dynamic_batch:
         return program
-    program, ops = dataclasses.replace(program, tensors=dict(program.tensors)), []
+    program, ops, narrowed = dataclasses.replace(program, tensors=dict(program.tensors)), [], {}
     for op in program.ops:
         rewrite = {"TRANSPOSE": _transposed, "STRIDED_SLICE": _sliced}.get(op.kind)
         is_wide = rewrite is not None and len(program.tensors[op.inputs[0]].shape) > _MOST_AXES
-        ops += rewrite(op, program) if is_wide else [op]
+        ops += _between_reshapes(op, program, narrowed, *rewrite(op, program)) if is_wide else [op]
     return dataclasses.replace(program, ops=ops)
 
 
-def _transposed(op: Op, program: Program) -> list[Op]:
+def _transposed(op: Op, program: Program) -> tuple:
+    """The shapes before and after, and what makes the op on tensors of these."""
     order = program.tensors[op.inputs[1]].data.tolist()
     shape = program.tensors[op.inputs[0]].shape
     order = [axis for axis in order if shape[axis] > 1] or [0]
@@ -38,7 +39,7 @@ def _transposed(op: Op, program: Program) -> list[Op]:
     def on_few(source, result) -> Op:
         return Op("TRANSPOSE", [source, _numbers(program, f"{result}/order", moved)], [result], op.options)
 
-    return _between_reshapes(op, program, sizes, [sizes[axis] for axis in moved], on_few)
+    return sizes, [sizes[axis] for axis in moved], on_few
 
 
 def _runs(order, shape) -> list[list[int]]:
@@ -51,7 +52,7 @@ def _runs(order, shape) -> list[list[int]]:
     return groups
 
 
-def _sliced(op: Op, program: Program) -> list[Op]:
+def _sliced(op: Op, program: Program) -> tuple:
     options, shape = op.options, program.tensors[op.inputs[0]].shape
     bounds = zip(*(program.tensors[name].data.tolist() for name in op.inputs[1:]), strict=True)
     picked = []
@@ -82,7 +83,7 @@ def _sliced(op: Op, program: Program) -> list[Op]:
         ]
         return Op("STRIDED_SLICE", [source, *names], [result], {"beginMask": 0, "endMask": 0, "shrinkAxisMask": 0})
 
-    return _between_reshapes(op, program, [_size(group, shape) for group in groups], list(map(len, picked)), on_few)
+    return [_size(group, shape) for group in groups], list(map(len, picked)), on_few
 
 
 def _shrinks(op: Op, axis: int) -> bool:
@@ -93,12 +94,18 @@ def _size(axes, shape) -> int:
     return int(np.prod([shape[axis] for axis in axes]))
 
 
-def _between_reshapes(op: Op, program: Program, before, after, on_few) -> list[Op]:
-    """RESHAPE to the shape `before`, what `on_few` makes of it, which has the shape `after`, and a RESHAPE of that."""
-    source, (result,) = op.inputs[0], op.outputs
-    narrow = _twin(program, source, before, f"{result}/few_axes")
+def _between_reshapes(op: Op, program: Program, narrowed: dict, before, after, on_few) -> list[Op]:
+    """RESHAPE to the shape `before`, what `on_few` makes of it, which has the shape `after`, and a RESHAPE of that.
+
+    The first one serves all that read the tensor with so few axes: `narrowed` remembers it.
+    """
+    ops, source, (result,) = [], op.inputs[0], op.outputs
+    key = source, tuple(before)
+    if key not in narrowed:
+        narrowed[key] = _twin(program, source, before, f"{result}/few_axes")
+        ops.append(_reshape(program, source, narrowed[key]))
     done = _twin(program, result, after, f"{result}/of_few_axes")
-    return [_reshape(program, source, narrow), on_few(narrow, done), _reshape(program, done, result)]
+    return [*ops, on_few(narrowed[key], done), _reshape(program, done, result)]
 
 
 def _twin(program: Program, name: str, shape, twin: str) -> str:
