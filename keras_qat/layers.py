@@ -7,6 +7,7 @@ import math
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_qat import kernels, numerics
 from keras_qat.arrays import ops, read_as
@@ -14,6 +15,9 @@ from keras_qat.quantizers import MaxAbs
 from keras_qat.replicas import agree_on_statistics
 from keras_qat.spec import Spec
 
+_grid_of_sum = tf.function(
+    numerics.grid_of_sum, autograph=False
+)  # one operation of TensorFlow's, where `freeze` asks for it
 _calibrating = contextvars.ContextVar("calibrating", default=False)
 
 
@@ -126,9 +130,8 @@ class FakeQuant(keras.layers.Layer):
         if factors is not None:
             low, high, *_ = self._snapped(low, high, [np.float32(factor) for factor in factors], constant, count)
         if terms is not None:  # the search that inference makes, by the same operations
-            terms = [ops.convert_to_tensor(term, "float32") for term in terms]
-            ends = numerics.grid_of_sum(ops.convert_to_tensor(low), ops.convert_to_tensor(high), self.spec, *terms)
-            low, high = (np.float32(end) for end in ends[:2])
+            low, high, *terms = (ops.convert_to_tensor(value, "float32") for value in (low, high, *terms))
+            low, high = (np.float32(end) for end in _grid_of_sum(low, high, self.spec, *terms)[:2])
         return numerics.scale_and_zero_point(low, high, self.spec)
 
     def compute_output_spec(self, x, **kwargs):

@@ -17,6 +17,7 @@ from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
 from keras_qat.graph.lower import lowering_of
 from keras_qat.graph.rows import batch_axis, rows_per_sample
+from keras_qat.graph.signatures import signatures_remembered
 from keras_qat.graph.trace import original, trace
 from keras_qat.graph.twins import merge_twins
 from keras_qat.graph.walk import Graph, input_names, key_of, nodes_of, operations_of, output_names
@@ -63,7 +64,7 @@ def quantize(
         kq.export(qat, "model.tflite", verify_with=x_test)
         ```
     """
-    with garbage_left(), tf.variable_creator_scope(_without_scope):
+    with garbage_left(), signatures_remembered(), tf.variable_creator_scope(_without_scope):
         prepared = _prepare(model, scheme, rules, input_range, inputs)
         if prepared.problems:
             raise UnsupportedModelError(prepared.problems)
