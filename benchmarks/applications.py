@@ -170,7 +170,7 @@ def main(_) -> None:
     title = "keras.applications: quantized, written, and compared on LiteRT's reference kernels and XNNPACK"
     settings = (
         f"random weights, {_IMAGES} images of noise, calibrated; backbones frozen, their head trained for {_STEPS} steps. "
-        "Seconds: medians of {_TIMES}. Cells: share of outputs that differ, largest difference in LSB; verified: what kq.export would say"
+        f"Seconds: medians of {_TIMES}. Cells: share of outputs that differ, largest difference in LSB; verified: what kq.export would say"
     )
     for name in _ONLY.value:
         for role in ROLES:
