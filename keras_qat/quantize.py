@@ -250,6 +250,8 @@ def _mixed_samples(flat) -> list[Problem]:
         if count.denominator > 1 or (is_output and (count > 1 or batch_axis(node.outputs[0]) not in (0, None))):
             before, after = node.input_tensors[0].shape, node.outputs[0].shape
             reason = f"It mixes the batch into another axis ({before} → {after}): {count} rows of the result for each sample."
+            if count == 1:
+                reason = f"It is an output with the batch on axis {batch_axis(node.outputs[0])} ({after})."
             found.append(
                 Problem(_place(node.operation), type(node.operation).__name__, reason, "Keep the batch axis as it is.")
             )

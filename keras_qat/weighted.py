@@ -36,7 +36,7 @@ class WeightedLayer:
 
     @property
     def is_range(self) -> bool:
-        return self.path.startswith(RANGES + "/") and isinstance(self.layer, (FakeQuant, Quantized))
+        return isinstance(self.layer, (FakeQuant, Quantized))
 
 
 def weighted_layers(model: keras.Model) -> list[WeightedLayer]:
