@@ -119,13 +119,16 @@ def clone(operation, name: str | None = None):
     config = {**operation.get_config(), "name": name or operation.name, "dtype": "float32"}
     twin = type(operation).from_config(config)
     twin.trainable = operation.trainable
+    build = operation._build_shapes_dict
     if operation.weights:
-        build, filled = operation._build_shapes_dict, _filled_from(operation, twin)
+        filled = _filled_from(operation, twin)
         twin.build(**build) if build else twin.build_from_config(operation.get_build_config())
         del twin.add_weight
         for new, old in zip(twin.weights, operation.weights, strict=True):
             if id(new) not in filled:
                 new.assign(old)
+    elif build:
+        twin.build(**build)
     return twin
 
 
