@@ -1,7 +1,8 @@
 """Weights that a call transposes, reshapes, cuts or computes with before it uses them.
 
 What keras.ops reads is a plain tensor by then, which would no longer be learned. Moved weights, and the first rows of one,
-become weights again; of what was computed from weights the user is told.
+become weights again. So does what was computed from weights (a standardized kernel, `1 + scale`, a kernel with what an adapter
+adds to it): the QAT model learns the result itself.
 """
 
 import contextlib
@@ -51,8 +52,10 @@ class MovedWeights:
         differ = np.ptp(value) > 0  # or else any constant could be it, or two weights become one
         if len(alike) == 1 and (len(sources) == 1 if is_known else differ):
             return self._weight(layer, alike[0], value)
-        if is_known or alike:
-            _warn_of_constant(layer, sources if is_known else alike, is_known)
+        if is_known:
+            return self._computed(layer, sources, value)
+        if alike:
+            _warn_of_constant(layer, alike)
         return value
 
     def _weight(self, layer, weight, value):
@@ -63,6 +66,15 @@ class MovedWeights:
             self._made[key] = (weight, variable)
             if all(weight is not own for own in layer._trainable_variables):
                 self._of_others.append((layer, weight))
+        return self._made[key][1]
+
+    def _computed(self, layer, sources, value):
+        """The same for what the same weights came to before: a layer that is called twice computes it twice."""
+        numbers = np.asarray(value, np.float32)
+        key = (*map(id, sources), numbers.shape, numbers.tobytes())
+        if key not in self._made:
+            self._made[key] = (sources, keras.Variable(numbers, trainable=True, name=sources[0].name))
+            _warn_of_options(layer, sources)
         return self._made[key][1]
 
     def warn_of_doubles(self, read: set[int]) -> None:
@@ -97,16 +109,23 @@ def _is_beginning_of(weight, value) -> bool:
     return 1 < np.size(value) < np.size(weight) and np.array_equal(np.ravel(weight)[: np.size(value)], np.ravel(value))
 
 
-def _warn_of_constant(layer, weights, is_known) -> None:
+def _warn_of_constant(layer, weights) -> None:
     names = [weight.path for weight in weights]
-    if is_known:
-        message = (
-            f"Layer {layer.name!r} computes with its weights {names} before it uses them. What comes of it stays as it is and "
-            "is not learned. Use the weights themselves in keras.ops.matmul and the like, and compute with what comes of that."
+    warnings.warn(
+        f"Layer {layer.name!r} seems to transpose or reshape one of its weights {names} before it uses it, but their numbers do "
+        "not tell which. It stays as it is and is not learned. Train the model for a step first.",
+        stacklevel=2,
+    )
+
+
+def _warn_of_options(layer, weights) -> None:
+    options = ("regularizer", "constraint")
+    lost = [
+        f"{weight.path} ({name})" for weight in weights for name in options if getattr(weight, name, None) is not None
+    ]
+    if lost:
+        warnings.warn(
+            f"Layer {layer.name!r} computes with its weights before it uses them. The QAT model learns what comes of it, without "
+            f"the regularizer or constraint of the weights themselves: {lost}.",
+            stacklevel=2,
         )
-    else:
-        message = (
-            f"Layer {layer.name!r} seems to transpose or reshape one of its weights {names} before it uses it, but their "
-            "numbers do not tell which. It stays as it is and is not learned. Train the model for a step first."
-        )
-    warnings.warn(message, stacklevel=2)

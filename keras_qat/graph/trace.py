@@ -118,7 +118,7 @@ class _Tracer:
         """Calls a primitive's copy, or opens a composite."""
         operation = node.operation
         self._masks += _symbolic(kwargs.get("mask"))
-        if problem := problem_with(operation, kwargs):
+        if problem := problem_with(operation, kwargs) or _quantized_before(operation):
             return self._leave_closed(operation, args, kwargs, path, "\n".join(problem))
         try:
             lowering = self._lowering_of(operation, args, kwargs)
@@ -283,6 +283,16 @@ def _rules_noted(tracer: _Tracer):
         yield
     finally:
         keras.Operation.__init__ = plain
+
+
+def _quantized_before(operation) -> tuple[str, str] | None:
+    mode = getattr(operation, "quantization_mode", None)
+    if mode is None:
+        return None
+    return (
+        f"Keras has quantized its weights already (model.quantize({mode!r})).",
+        "Give kq.quantize the float model, from before model.quantize was called.",
+    )
 
 
 def _is_known(node, args, kwargs) -> bool:

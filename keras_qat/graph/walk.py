@@ -117,6 +117,7 @@ def clone(operation, name: str | None = None):
         return twin
     # float32 whatever the policy: integers are simulated in float32, and half precision would move them.
     config = {**operation.get_config(), "name": name or operation.name, "dtype": "float32"}
+    adapted = [config.pop(option, None) for option in _ADAPTERS][0]
     twin = type(operation).from_config(config)
     twin.trainable = operation.trainable
     build = operation._build_shapes_dict
@@ -124,12 +125,19 @@ def clone(operation, name: str | None = None):
         filled = _filled_from(operation, twin)
         twin.build(**build) if build else twin.build_from_config(operation.get_build_config())
         del twin.add_weight
-        for new, old in zip(twin.weights, operation.weights, strict=True):
+        weights = [weight for weight in operation.weights if not (adapted and weight.name.startswith("lora_"))]
+        for new, old in zip(twin.weights, weights, strict=True):
             if id(new) not in filled:
                 new.assign(old)
+        if adapted:
+            name = "embeddings" if hasattr(twin, "embeddings") else "kernel"
+            getattr(twin, name).assign(getattr(operation, name))
     elif build:
         twin.build(**build)
     return twin
+
+
+_ADAPTERS = ("lora_rank", "lora_alpha")  # of `enable_lora`: a copy has one weight, with what the adapter adds to it
 
 
 def _filled_from(layer, twin) -> set[int]:

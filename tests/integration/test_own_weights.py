@@ -120,22 +120,113 @@ def test_weights_that_nothing_tells_apart_are_not_made_one():
         assert len(kq.quantize(model).trainable_variables) == 2
 
 
-class ComputesWithItsWeight(layers.Layer):
+class StandardizedConv(layers.Layer):
+    """As in Big Transfer and in networks without batch norms."""
+
     def build(self, input_shape):
-        self.rows = self.add_weight(shape=(8, 6), initializer="random_normal")
+        self.kernel = self.add_weight(shape=(3, 3, input_shape[-1], 4), name="kernel")
 
     def call(self, x):
-        return ops.matmul(x, 2.0 * self.rows) + np.arange(6, dtype="float32")
+        centred = self.kernel - ops.mean(self.kernel, (0, 1, 2), keepdims=True)
+        return ops.conv(x, centred / (ops.std(self.kernel, (0, 1, 2), keepdims=True) + 1e-3), padding="same")
 
 
-def test_what_is_computed_from_weights_is_told():
+class ScaleAroundOne(layers.Layer):
+    """As in the norms of Gemma."""
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=input_shape[-1:], initializer="random_normal")
+
+    def call(self, x):
+        return x * (1 + self.scale)
+
+
+class Adapted(layers.Layer):
+    """A kernel, and an adapter of low rank."""
+
+    def build(self, input_shape):
+        size = input_shape[-1]
+        self.kernel, self.down, self.up = (self.add_weight(shape=s) for s in ((size, size), (size, 2), (2, size)))
+
+    def call(self, x):
+        return ops.matmul(x, self.kernel + ops.matmul(self.down, self.up))
+
+
+class BiasTable(layers.Layer):
+    """Of relative positions, as in Swin."""
+
+    def build(self, input_shape):
+        self.table = self.add_weight(shape=(9,), initializer="random_normal")
+
+    def call(self, x):
+        places = np.arange(5)
+        return x + ops.take(self.table, places[:, None] - places[None] + 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(StandardizedConv, (6, 6, 3)), (ScaleAroundOne, (5, 8)), (Adapted, (8,)), (BiasTable, (3, 5, 5))],
+)
+def test_what_is_computed_from_weights_is_learned(layer, shape, tmp_path, recwarn):
+    symbolic = keras.Input(shape)
+    shared = layer()
+    model = keras.Model(
+        symbolic, shared(layers.ReLU()(shared(symbolic))) if layer is not StandardizedConv else shared(symbolic)
+    )
+    x = np.random.default_rng(0).normal(size=(32, *shape)).astype("float32")
+    qat = kq.calibrate(kq.quantize(model), x)
+    assert not [w for w in recwarn if "weight" in str(w.message)]
+    assert len(qat.trainable_variables) == 1
+    expected = model.predict(x, verbose=0)
+    noise = np.mean((qat.predict(x, verbose=0) - expected) ** 2)
+    assert 10 * np.log10(np.mean(expected**2) / noise) > 30
+    before = np.array(qat.trainable_variables[0])
+    qat.compile(keras.optimizers.SGD(0.1), "mse")
+    qat.fit(x, np.zeros_like(expected), epochs=2, verbose=0)
+    assert not np.allclose(before, qat.trainable_variables[0])
+    assert kq.export(qat, tmp_path / "model.tflite", verify_with=x).summary.is_full_int8
+
+
+def test_a_lost_regularizer_of_computed_weights_is_told():
     symbolic = keras.Input((5, 8))
-    model = keras.Model(symbolic, ComputesWithItsWeight(name="doubled")(symbolic))
+    layer = ScaleAroundOne(name="around_one")
+    model = keras.Model(symbolic, layer(symbolic))
+    layer.scale.regularizer = keras.regularizers.L2(1e-3)
     with pytest.warns(
-        UserWarning, match="'doubled' computes with its weights .*not learned. Use the weights themselves"
-    ) as told:
+        UserWarning, match="'around_one' computes with its weights.*without the regularizer.*.regularizer."
+    ):
         kq.quantize(model)
-    assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "dtype"),
+    [
+        (lambda: layers.Dense(6), (8,), "float32"),
+        (lambda: layers.EinsumDense("abc,cd->abd", (5, 6)), (5, 8), "float32"),
+        (lambda: layers.Conv2D(6, 3, activation="relu"), (6, 6, 3), "float32"),
+        (lambda: layers.Embedding(20, 6), (5,), "int32"),
+    ],
+)
+def test_adapters_become_part_of_the_weight(layer, shape, dtype):
+    symbolic, adapted = keras.Input(shape, dtype=dtype), layer()
+    model = keras.Model(symbolic, adapted(symbolic))
+    adapted.enable_lora(2)
+    for weight in adapted.weights:
+        if "lora" in weight.name:
+            weight.assign(keras.random.normal(weight.shape, seed=1))
+    x = np.random.default_rng(0).uniform(0, 5, (64, *shape)).astype(dtype)
+    qat = kq.calibrate(kq.quantize(model), x)
+    expected = model.predict(x, verbose=0)
+    noise = np.mean((qat.predict(x, verbose=0) - expected) ** 2)
+    assert 10 * np.log10(np.mean(expected**2) / noise) > 30
+    assert not [weight for weight in qat.weights if "lora" in weight.path]
+
+
+def test_layers_that_keras_quantized_are_refused():
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4, name="known")])
+    model.layers[0].quantize("int8")
+    with pytest.raises(kq.UnsupportedModelError, match="'known'.*Keras has quantized.*model.quantize"):
+        kq.quantize(model)
 
 
 class Positions(layers.Layer):
