@@ -26,6 +26,7 @@ from keras_qat import numerics
 from keras_qat.compounds import Probabilities
 from keras_qat.graph.emit import arithmetic, functions, pooling, resizing, shapes, truths, weighted, wide
 from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS
+from keras_qat.graph.passed_masks import MASKING_IS_REFUSED
 from keras_qat.graph.rows import batch_axis
 from keras_qat.graph.walk import is_index, key_of
 
@@ -155,11 +156,12 @@ def _takes(node):
 
 
 def _selects(node):
-    if isinstance(node.arguments.args[0], keras.KerasTensor) or len(node.input_tensors) != 2:
+    condition = node.arguments.args[0]
+    if isinstance(condition, keras.KerasTensor) and not _is_truth(condition):
         return (
-            "Its mask depends on the data.",
-            "Use a constant mask and two tensors, or multiply by a mask of 0 and 1; a function of one tensor can be "
-            "looked up.",
+            "Its mask depends on values on a grid; truth values come from whole numbers alone.",
+            "Compute the mask from an input of type int32 or bool, or multiply by a mask of 0 and 1; a function of one tensor "
+            "can be looked up.",
         )
     return None
 
@@ -228,13 +230,6 @@ def _upsampling_range(node):
     return "rounded" if resizing.interpolates(node) else "same"
 
 
-def _masks(node):
-    return (
-        "Which steps it leaves out depends on the data.",
-        "Train on sequences of one length, or multiply by a mask of 0 and 1 that is an input of its own.",
-    )
-
-
 def _hides(node):
     if len(node.input_tensors) == 2 and not _is_truth(node.input_tensors[1]):
         return (
@@ -257,7 +252,7 @@ def _casts(node):
     if is_index(node.input_tensors[0]) and not is_index(node.outputs[0]):
         return (
             "It computes with whole numbers of an input that counts something.",
-            "Give the model what comes of it as an input of its own, or use it as the mask of an attention.",
+            "Compare it (ids != 0) before you make real numbers of it, or give the model what comes of it as an input.",
         )
     return None
 
@@ -378,6 +373,7 @@ OPERATIONS: dict[str, Row] = {
     "Mask": Row("MINIMUM or SELECT_V2", "rounded", truths.mask, refuses=_hides),
     "Comparison": Row("NOT_EQUAL and the like", "index", truths.comparison),
     "Logic": Row("LOGICAL_AND, LOGICAL_OR", "index", truths.logic),
+    "Number": Row("SELECT_V2", "fixed", truths.number, limits=(0.0, 1.0)),
     "Not": Row("LOGICAL_NOT", "index", truths.negation),
     "Narrow": Row("QUANTIZE", "own", wide.narrow, factors=_both_inputs),
     "Probabilities": Row("SOFTMAX", "fixed", wide.probabilities, limits=Probabilities.LIMITS, bits=16),
@@ -390,7 +386,7 @@ OPERATIONS: dict[str, Row] = {
     **{key: Row(SINGLE_OPS.get(key, "CAST + ADD + GATHER"), "look-up", refuses=_one_tensor) for key in sorted(LOOKUPS)},
     "OneGrid": Row("-", "tied"),
     # training only, or refused
-    "Masking": Row("-", "train", refuses=_masks),
+    "Masking": Row("-", "train", refuses=lambda node: MASKING_IS_REFUSED),
     "Identity": _TRAINING_ONLY,
     "ops.Cast": dataclasses.replace(_TRAINING_ONLY, refuses=_casts),
     "ops.ConvertToTensor": _TRAINING_ONLY,

@@ -68,6 +68,20 @@ class Not(keras.layers.Layer):
         return keras.KerasTensor(x.shape, "bool")
 
 
+@keras.saving.register_keras_serializable("keras_qat")
+class Number(keras.layers.Layer):
+    """1 where something is true, 0 elsewhere."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "dtype": "float32"}, autocast=False)
+
+    def call(self, x):
+        return ops.cast(x, "float32")
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, "float32")
+
+
 def packed(flags: np.ndarray | None):
     """An array of truth values as a config holds it."""
     return None if flags is None else (list(flags.shape), np.packbits(flags).tobytes().hex())

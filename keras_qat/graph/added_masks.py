@@ -13,7 +13,7 @@ from keras_qat.truths import Not
 
 _SUMS = ("Add", "ops.Add")
 _MOVES = ("Reshape", "ops.ExpandDims", "ops.GetItem", "ops.Reshape", "ops.Squeeze", "ops.Transpose")
-_CASTS = ("ops.Cast", "ops.ConvertToTensor", "ops.StopGradient")
+_CASTS = ("Number", "ops.Cast", "ops.ConvertToTensor", "ops.StopGradient")
 
 
 @dataclasses.dataclass

@@ -103,7 +103,8 @@ class _Flow:
         """Layers with weights write what they read, 16 bits for 16 bits; so does all that keeps to a grid."""
         row, kind = row_of_node(node), self.kinds[id(node)]
         keeps = kind in (*_SHARING, *GONE, "clamp") or isinstance(node.operation, Quantized)
-        return max(self.bits[id(node.input_tensors[0])] if keeps else 0, row.bits)
+        read = next((x for x in node.input_tensors if not is_index(x)), node.input_tensors[0])
+        return max(self.bits[id(read)] if keeps else 0, row.bits)
 
     def _count(self, tensors):
         for tensor in tensors:
@@ -241,6 +242,8 @@ def _groups_of_products(result: Plan, flow: _Flow, groups: _Groups) -> set[int]:
     factors_of: dict[int, set] = {}
     for node in flow.nodes:
         site = result.sites.get(id(node.outputs[0]))
+        if flow.kinds[id(node)] == "constant" and site is not None and site.group in factors_of:
+            continue  # it comes to the grid of the products before it
         if site is not None and site.kind == "observed" and id(node) not in result.fused:
             sources = [grids.get(key, grids.get(groups.find(key))) for key in flow.sources(node)]
             factors_of.setdefault(site.group, set()).add(repr(row_of_node(node).factors(node, sources)))
@@ -303,7 +306,7 @@ class _Annotator:
 
     def _visit(self, node, args, kwargs):
         args, kwargs = self._moved(node, args, kwargs)
-        sources = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
+        sources = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor) and not is_index(x)]
         scales = [self.scale_of.get(id(x)) for x in sources]
         site = self.plan.behind.get(id(node.outputs[0])) or self.plan.sites.get(id(node.outputs[0]))
         product = row_of_node(node).factors(node, scales)

@@ -190,9 +190,11 @@ class _Freezer:
     def _like_input(self, node, sources: list[str]) -> str:
         """An operation that only moves values: its result is on the grid of its input."""
         shape = self.shape(node.outputs[0])
+        read = zip(sources, _data_inputs(node, "same"), strict=True)
+        like = next((source for source, x in read if not is_index(x)), sources[0])
         tensor = self.program.add(
             dataclasses.replace(
-                self.program.tensors[sources[0]], name=node.operation.name, shape=shape, data=None, batched=True
+                self.program.tensors[like], name=node.operation.name, shape=shape, data=None, batched=True
             )
         )
         self._emit(node, sources, tensor, None)

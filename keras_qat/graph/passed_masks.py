@@ -15,7 +15,13 @@ from keras_qat.graph.walk import key_of
 _USES_IT = {
     *("Attention", "AdditiveAttention", "GroupedQueryAttention", "MultiHeadAttention", "Softmax"),
     *("Bidirectional", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "GRU", "LSTM", "RNN", "SimpleRNN"),
+    "GlobalAveragePooling1D",
 }
+MASKING_IS_REFUSED = (
+    "Which steps it leaves out depends on the data.",
+    "Mask by whole numbers: Embedding(mask_zero=True), or mask=(ids != 0) for the layers behind, of an input of type int32 or "
+    "bool.",
+)
 _IGNORES_IT = "BatchNormalization"  # but for its statistics in training
 
 
@@ -72,6 +78,8 @@ class PassedMasks:
 def problem_with(layer, kwargs) -> tuple[str, str] | None:
     """Why a Keras layer cannot have the mask that it is given, and the way out; None if it can."""
     key = key_of(layer) if isinstance(layer, keras.Layer) else None
+    if key == "Masking":
+        return MASKING_IS_REFUSED
     if key is None or key in _USES_IT or not _symbolic(kwargs.get("mask")):
         return None
     return (

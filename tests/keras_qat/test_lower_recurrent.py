@@ -25,15 +25,8 @@ def test_unrolled_computes_the_same(case):
     np.testing.assert_allclose(_flattened(model)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "layer, reason, way_out",
-    [
-        (lambda: layers.LSTM(3, stateful=True), "It is stateful", "Build it with stateful=False"),
-        (lambda: layers.GRU(3), "a Masking layer, or Embedding", "Cut or pad the sequences"),
-    ],
-)
-def test_a_rule_says_itself_why_not(layer, reason, way_out):
-    inputs = keras.Input((5,), batch_size=2, dtype="int32")
-    words = layers.Embedding(9, 4, mask_zero="Masking" in reason)(inputs)
-    _, problems = trace(keras.Model(inputs, layer()(words)), lambda one: row_of(one) is not None, lowering_of)
-    assert reason in problems[-1].reason and problems[-1].way_out.startswith(way_out)
+def test_a_rule_says_itself_why_not():
+    inputs = keras.Input((5, 4), batch_size=2)
+    model = keras.Model(inputs, layers.LSTM(3, stateful=True)(inputs))
+    _, problems = trace(model, lambda one: row_of(one) is not None, lowering_of)
+    assert "It is stateful" in problems[-1].reason and problems[-1].way_out.startswith("Build it with stateful=False")

@@ -122,9 +122,11 @@ def stack(call: Call) -> None:
 
 
 def select(call: Call) -> None:
-    """Where a constant mask is true the first tensor, else the second."""
-    condition = np.asarray(call.node.arguments.args[0], bool)
-    call.op("SELECT_V2", [call.constant("condition", condition, "bool"), *call.inputs], call.output)
+    """Where a mask is true the first tensor, else the second."""
+    condition, *sides = call.node.arguments.args
+    is_constant = len(call.inputs) == len(sides)
+    flags = [call.constant("condition", np.asarray(condition, bool), "bool")] if is_constant else []
+    call.op("SELECT_V2", [*flags, *call.inputs], call.output)
 
 
 def broadcast(call: Call) -> None:

@@ -22,6 +22,17 @@ def negation(call: Call) -> None:
     call.op("LOGICAL_NOT", call.inputs, call.output)
 
 
+def number(call: Call) -> None:
+    tensor = call.program.tensors[call.output]
+    grid = {} if call.is_float else {"scale": tensor.scale, "zero_point": tensor.zero_point}
+    step, zero = (1.0, 0) if call.is_float else (tensor.scale[0], tensor.zero_point)
+    values = [
+        call.constant(name, [round(value / step) + zero], tensor.dtype, **grid)
+        for name, value in (("one", 1), ("zero", 0))
+    ]
+    call.op("SELECT_V2", [call.inputs[0], *values], call.output)
+
+
 def mask(call: Call) -> None:
     """The lowest number where the mask hides: SELECT_V2, or MINIMUM where it is a constant."""
     keep = call.operation.keep

@@ -30,6 +30,8 @@ def _binary(operation, args, kwargs):
     tensors = [isinstance(x, keras.KerasTensor) for x in args]
     if key in ("ops.Minimum", "ops.Maximum", "ops.Multiply") and (of_truths := truths.logic(operation, args, kwargs)):
         return of_truths
+    if key in _BINARY and any(is_tensor and x.dtype == "bool" for x, is_tensor in zip(args, tensors, strict=True)):
+        return lambda *args: _BINARY[key](*map(truths.number_of, args))
     if len(args) != 2 or all(tensors):
         return (lambda x, y: ops.multiply(x, ops.reciprocal(y))) if key == "ops.Divide" and len(args) == 2 else None
     at = tensors.index(True)

@@ -10,7 +10,7 @@ from keras import ops
 from keras_qat.compounds import Mask
 from keras_qat.graph.lower import contractions
 from keras_qat.graph.lower.moves import reshaped, transposed
-from keras_qat.graph.lower.truths import truth_of
+from keras_qat.graph.lower.truths import chosen, truth_of
 from keras_qat.graph.lower.weights import dense_of
 from keras_qat.graph.walk import is_index
 from keras_qat.layers import ChannelScale
@@ -116,25 +116,36 @@ def masked(scores, keep):
 
 
 def _where(operation, args, kwargs):
-    """Scores out of the softmax's sight; with a constant mask a choice between a tensor and a constant too."""
+    """Scores out of the softmax's sight, or a choice between tensors and constants."""
     condition, *sides = [*args, *kwargs.values()]
     tensors = [is_computed(side) for side in sides]
-    if len(sides) != 2 or all(tensors) or not any(tensors):
+    if len(sides) != 2 or all(tensors) or (is_computed(condition) and not is_index(condition)):
         return None
-    at = tensors.index(True)
-    values = np.asarray(sides[1 - at], "float32")
-    hides = bool(np.all(values <= BELOW_ALL_SCORES))
+    if any(tensors):
+        at = tensors.index(True)
+        if np.all(np.asarray(sides[1 - at]) <= BELOW_ALL_SCORES):
+            return lambda keep, *sides: masked(sides[at], keep if at == 0 else _not(keep))
     if is_computed(condition):
-        if not (hides and is_index(condition)):
-            return None
-        return lambda keep, x, y: masked((x, y)[at], keep if at == 0 else Not(name="mask")(truth_of(keep)))
-    condition = np.asarray(condition, bool)
-    if hides:
-        return lambda _, x, y: masked((x, y)[at], condition if at == 0 else ~condition)
-    constant = Constant(values.reshape((1,) * max(1 - values.ndim, 0) + values.shape), name="constant")
-    if at == 0:
-        return lambda _, x, y: ops.where(condition, x, constant(x))
-    return lambda _, x, y: ops.where(condition, constant(y), y)
+        return lambda keep, *sides: chosen(truth_of(keep), *sides)
+    return (lambda keep, *sides: chosen(np.asarray(keep, bool), *sides)) if any(tensors) else None
+
+
+def _not(keep):
+    return Not(name="mask")(truth_of(keep)) if is_computed(keep) else ~np.asarray(keep, bool)
+
+
+def _average_of_seen(layer, args, kwargs):
+    """GlobalAveragePooling1D with a mask: attention that likes all places alike."""
+    if kwargs.get("mask") is None or layer.data_format != "channels_last":
+        return None
+    no_scores = Constant(np.zeros((1, 1, args[0].shape[1])), per_sample=True, name="scores")
+
+    def average(x, mask):
+        weights = ops.softmax(masked(no_scores(x), ops.expand_dims(truth_of(mask), 1)), axis=-1)
+        result = ops.matmul(weights, x)
+        return result if layer.keepdims else ops.squeeze(result, axis=1)
+
+    return average
 
 
 def _softmax_layer(layer, args, kwargs):
@@ -248,6 +259,7 @@ RULES = {
     **contractions.RULES,
     "AdditiveAttention": _attention,
     "Attention": _attention,
+    "GlobalAveragePooling1D": _average_of_seen,
     "GroupedQueryAttention": _multi_head_attention,
     "MultiHeadAttention": _multi_head_attention,
     "Softmax": _softmax_layer,

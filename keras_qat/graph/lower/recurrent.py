@@ -17,6 +17,7 @@ from keras import ops, tree
 from keras_qat.compounds import Narrow, WideAdd, Widen
 from keras_qat.graph.lower.activations import symbolic
 from keras_qat.graph.lower.moves import reshaped
+from keras_qat.graph.lower.truths import chosen, truth_of
 from keras_qat.graph.lower.weights import dense_of
 from keras_qat.graph.walk import key_of
 
@@ -50,14 +51,54 @@ class Unrolled:
     step: Callable
     first: Callable
 
-    def run(self, sequence, states=None, backwards=False):
-        """Returns the outputs in the order of the steps, and the last states."""
-        inputs = self.inputs(sequence)[:: -1 if backwards else 1]
+    def run(self, sequence, states=None, backwards=False, seen=None):
+        """Returns the outputs in the order of the steps, and the last states.
+
+        Args:
+            sequence: What the steps are of.
+            states: To begin with.
+            backwards: The last step is the first one.
+            seen: `Seen`, if there are steps to leave out.
+        """
+        direction = -1 if backwards else 1
+        inputs = self.inputs(sequence)[::direction]
+        flags = seen.flags[::direction] if seen else inputs
         states, outputs = states or self.first(inputs[0]), []
-        for x in inputs:
-            output, states = self.step(x, states)
+        for x, flag in zip(inputs, flags, strict=True):
+            output, new = self.step(x, states)
+            if seen:
+                output, new = seen.kept(flag, output, new, outputs, states)
             outputs.append(output)
+            states = new
         return outputs, states
+
+
+@dataclasses.dataclass
+class Seen:
+    """Which steps count. At the others states stay as they are, and the output is that of the step before, or zeros.
+
+    Args:
+        flags: Of each step a tensor of truth values, one a sample.
+        gives_zeros: The output is zeros, not that of the step before.
+    """
+
+    flags: list
+    gives_zeros: bool
+
+    def kept(self, flag, output, new, outputs, states):
+        """The output and states of a step of which `flag` tells whether it counts."""
+        before = None if self.gives_zeros or not outputs else outputs[-1]
+        kept = {}
+
+        def choose(one, other):
+            key = id(one), id(other)
+            if key not in kept:
+                there = ops.reshape(flag, (-1, *[1] * (len(one.shape) - 1)))
+                kept[key] = chosen(there, one, 0.0 if other is None else other)
+            return kept[key]
+
+        output = choose(output, before)
+        return output, [choose(one, other) for one, other in zip(new, states, strict=True)]
 
 
 @dataclasses.dataclass
@@ -66,18 +107,20 @@ class Stacked:
 
     cells: list
 
-    def run(self, sequence, states=None, backwards=False):
+    def run(self, sequence, states=None, backwards=False, seen=None):
         """See `Unrolled`. There is a list of states for each cell."""
         last_states = []
         for index, cell in enumerate(self.cells):
-            outputs, last = cell.run(sequence, states and states[index], backwards and index == 0)
+            outputs, last = cell.run(sequence, states and states[index], backwards and index == 0, seen)
             last_states.append(last)
             sequence = ops.stack(outputs, axis=1)
+            if seen and backwards and index == 0:
+                seen = dataclasses.replace(seen, flags=seen.flags[::-1])
         return outputs, last_states
 
 
 def unrolled(layer, prefix: str = "") -> Callable:
-    """`(sequence, initial_state) -> (outputs, states)` for an RNN layer, outputs in the order of its steps.
+    """`(sequence, initial_state, mask) -> (outputs, states)` for an RNN layer, outputs in the order of its steps.
 
     The layers of the result are made here, so that all calls share them. Their names begin with `prefix`.
     """
@@ -89,10 +132,18 @@ def unrolled(layer, prefix: str = "") -> Callable:
         )
     cell = _cell_of(layer.cell, prefix)
 
-    def run(sequence, initial_state=None):
-        return cell.run(sequence, _states(layer.cell, initial_state), layer.go_backwards)
+    def run(sequence, initial_state=None, mask=None):
+        seen = _seen(mask, layer.zero_output_for_mask)
+        return cell.run(sequence, _states(layer.cell, initial_state), layer.go_backwards, seen)
 
     return run
+
+
+def _seen(mask, gives_zeros) -> Seen | None:
+    if mask is None:
+        return None
+    mask = truth_of(mask)
+    return Seen([mask[:, step : step + 1] for step in range(mask.shape[1])], gives_zeros)
 
 
 def _cell_of(cell, prefix):
@@ -108,14 +159,6 @@ def steps_of(sequence) -> list:
         return [sequence[:, step] for step in range(count)]
     whole, rows = ops.reshape(sequence, (-1, count * shape[0], *shape[1:])), shape[0]
     return [whole[:, step * rows : (step + 1) * rows] for step in range(count)]
-
-
-def refuse_mask(sequence, mask) -> None:
-    if mask is not None or getattr(sequence, "_keras_mask", None) is not None:
-        raise ValueError(
-            "Which of its steps count depends on the data (a Masking layer, or Embedding(mask_zero=True)). Cut or pad the "
-            "sequences to one length and train on them without a mask."
-        )
 
 
 def _states(cell, given):
@@ -138,12 +181,10 @@ def _rnn(layer, args, kwargs):
     run = unrolled(layer)
 
     def call(sequence, initial_state=None, mask=None, training=None):
-        refuse_mask(sequence, mask)
-        outputs, states = run(sequence, initial_state)
+        outputs, states = run(sequence, initial_state, mask)
         output = ops.stack(outputs, axis=1) if layer.return_sequences else outputs[-1]
         return (output, *states) if layer.return_state else output
 
-    refuse_mask(args[0], kwargs.get("mask"))
     return call
 
 

@@ -1,10 +1,12 @@
-"""Masks that are computed from whole numbers: which ids are padding, which places come later."""
+"""Masks that are computed from whole numbers (which ids are padding, which places come later), and what they choose."""
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_qat.graph.walk import is_index
-from keras_qat.truths import COMPARISONS, CONNECTIVES, Comparison, Logic, Not
+from keras_qat.primitives import Constant
+from keras_qat.truths import COMPARISONS, CONNECTIVES, Comparison, Logic, Not, Number
 
 _MIRRORED = {"less": "greater", "less_equal": "greater_equal", "greater": "less", "greater_equal": "less_equal"}
 # Of numbers that are 0 or not, these are logic.
@@ -14,6 +16,22 @@ _LOGIC_OF_NUMBERS = {"minimum": "logical_and", "multiply": "logical_and", "maxim
 def truth_of(x):
     """Where a symbolic tensor of whole numbers is not 0."""
     return x if x.dtype == "bool" else Comparison("not_equal", name="truth")(x)
+
+
+def number_of(x):
+    """1 where a tensor of truth values is true, 0 elsewhere; anything else itself."""
+    return Number(name="number")(x) if isinstance(x, keras.KerasTensor) and x.dtype == "bool" else x
+
+
+def chosen(keep, one, other=0.0):
+    """`one` where `keep` is true, elsewhere `other`. Each is a tensor, an array or a number, one of them a tensor."""
+    anchor = next(x for x in (one, other, keep) if isinstance(x, keras.KerasTensor))
+    return ops.where(keep, *[x if isinstance(x, keras.KerasTensor) else _constant(x)(anchor) for x in (one, other)])
+
+
+def _constant(values) -> Constant:
+    values = np.asarray(values, "float32")
+    return Constant(values.reshape((1,) * max(1 - values.ndim, 0) + values.shape), name="constant")
 
 
 def _name_of(operation) -> str:
@@ -57,8 +75,10 @@ def _not(operation, args, kwargs):
 
 
 def _cast(operation, args, kwargs):
-    """Between whole numbers and truth values. Truth values that become numbers stay what they are."""
+    """Between whole numbers and truth values. Truth values that become whole numbers stay what they are."""
     x, wanted = args[0], operation.dtype
+    if x.dtype == "bool" and wanted.startswith(("float", "bfloat")):
+        return Number(name=operation.name)
     if not is_index(x) or wanted not in ("bool", "int8", "uint8", "int32", "int64"):
         return None
     return truth_of if wanted == "bool" else lambda x: x

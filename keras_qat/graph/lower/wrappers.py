@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_qat.graph.lower.moves import reshaped
 from keras_qat.graph.lower.recurrent import RULES as _RECURRENT
-from keras_qat.graph.lower.recurrent import refuse_mask, steps_of, unrolled
+from keras_qat.graph.lower.recurrent import steps_of, unrolled
 from keras_qat.graph.walk import key_of
 
 
@@ -20,10 +20,9 @@ def _bidirectional(layer, args, kwargs):
     merge = _merge(layer.merge_mode)
 
     def call(sequence, initial_state=None, mask=None, training=None):
-        refuse_mask(sequence, mask)
         results, states = [], []
         for one, run, given in zip(both, runs, _halves(initial_state), strict=True):
-            outputs, last = run(sequence, given)
+            outputs, last = run(sequence, given, mask)
             ordered = outputs[:: -1 if one is layer.backward_layer else 1]
             results.append(ops.stack(ordered, axis=1) if layer.return_sequences else outputs[-1])
             states += last
@@ -32,7 +31,6 @@ def _bidirectional(layer, args, kwargs):
             return merged
         return (*(merged if layer.merge_mode is None else [merged]), *states)
 
-    refuse_mask(args[0], kwargs.get("mask"))
     return call
 
 
@@ -59,13 +57,21 @@ def _time_distributed(layer, args, kwargs):
     at_once = _AT_ONCE.get(key_of(inner), lambda inner, shape: None)(inner, shape)
 
     def call(inputs, training=None, mask=None):
-        refuse_mask(inputs, mask)
+        _refuse_mask(inputs, mask)
         if at_once is not None:
             return at_once(inputs)
         return ops.stack([inner(x) for x in steps_of(inputs)], axis=1)
 
-    refuse_mask(args[0], kwargs.get("mask"))
+    _refuse_mask(args[0], kwargs.get("mask"))
     return call
+
+
+def _refuse_mask(sequence, mask) -> None:
+    if mask is not None or getattr(sequence, "_keras_mask", None) is not None:
+        raise ValueError(
+            "Which of its steps count depends on the data (a Masking layer, or Embedding(mask_zero=True)). Cut or pad the "
+            "sequences to one length and train on them without a mask."
+        )
 
 
 # --- inner layers that take all steps at once: `(layer, shape of the sequence) -> callable`, or None -----------------
