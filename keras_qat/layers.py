@@ -108,7 +108,8 @@ class FakeQuant(keras.layers.Layer):
             return x, scale
         if factors is not None:
             low, high, scale, quarter_step = self._snapped(low, high, factors, constant, count)
-            x = x + quarter_step * ops.stop_gradient(ops.sign(x))
+            if rounding == "half_up":  # not of what only shares the grid of products
+                x = x + quarter_step * ops.stop_gradient(ops.sign(x))
         if terms is not None and not training:
             low, high, scale = numerics.grid_of_sum(low, high, self.spec, *terms)
         if training and not self.in_training:

@@ -25,7 +25,7 @@ import keras
 from keras_qat import numerics
 from keras_qat.compounds import Probabilities
 from keras_qat.graph.emit import arithmetic, functions, pooling, resizing, shapes, truths, weighted, wide
-from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS
+from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS, constants_of
 from keras_qat.graph.passed_masks import MASKING_IS_REFUSED
 from keras_qat.graph.rows import batch_axis
 from keras_qat.graph.walk import is_index, key_of
@@ -117,8 +117,7 @@ def _both_inputs(node, scales):
 
 
 def _both_terms(node, scales):
-    """Not for vectors: those of an unrolled recurrent layer are hundreds, of a few numbers each."""
-    return {"terms": scales} if len(node.outputs[0].shape) > 2 else None
+    return {"terms": scales}
 
 
 def _mean_factors(node, scales):
@@ -167,6 +166,11 @@ def _selects(node):
 
 
 def _one_tensor(node):
+    if constants_of(node):
+        return (
+            "It computes with several constants, one for each channel; only one function of single numbers can be looked up.",
+            "Use one number, or write it with + - * minimum and maximum, which take one for each channel.",
+        )
     tensors = {id(tensor) for tensor in node.input_tensors}
     if len(tensors) != 1:
         return (
@@ -273,6 +277,7 @@ def _upsamples(node):
     return _channels_last(node)
 
 
+GONE = ("train", "tied")  # kinds of operations that are not in the file
 _MOVES = dict(range="same", refuses=_keeps_batch)
 _POOL = dict(fuses=False, refuses=_channels_last)
 _SIGMOID = Row("LOGISTIC", "fixed", arithmetic.logistic, limits=(0.0, 255 / 256))

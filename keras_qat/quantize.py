@@ -198,6 +198,7 @@ def _free_names(flat, names) -> None:
 
 def _with_output_names(qat, names):
     """The QAT model of a graph, with outputs named as in float: losses and metrics by name go on working."""
+    _number_doubles(qat)
     taken, flat = input_names(qat), []
     for name, tensor in zip(names, qat.outputs, strict=True):
         taken.append(unique_name(name, taken))
@@ -205,6 +206,15 @@ def _with_output_names(qat, names):
         flat.append(tensor if has_name else keras.layers.Identity(name=taken[-1], dtype="float32")(tensor))
     outputs = tree.pack_sequence_as(qat._outputs_struct, flat)
     return keras.Model(qat._inputs_struct, outputs, name=qat.name)
+
+
+def _number_doubles(graph) -> None:
+    """What rewrites name after two calls of a layer can have the name of what they name after another layer."""
+    taken = set()
+    for operation in operations_of(graph):
+        if operation.name in taken:
+            operation.name = unique_name(operation.name, taken)
+        taken.add(operation.name)
 
 
 # What a model can have of its own that `fit`, `evaluate` and `predict` call.

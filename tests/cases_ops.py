@@ -75,7 +75,18 @@ REDUCTIONS = [
     Case("deviation", lambda x: ops.std(x, 1), (SERIES,)),
     Case("logsumexp", lambda x: ops.logsumexp(x, -1), (SERIES,)),
     Case("log_softmax", lambda x: ops.log_softmax(x), (SERIES,)),
+    Case("cumulative_sum", lambda x: ops.cumsum(x, 1), (SERIES,)),
+    Case("norm", lambda x: ops.norm(x, axis=-1), (SERIES,)),
+    Case("norm_1", lambda x: ops.norm(x, 1, -1, keepdims=True), (SERIES,)),
+    Case("moments", lambda x: ops.moments(x, [1])[1], (SERIES,)),
+    Case("average", lambda x: ops.average(x, 1), (SERIES,)),
+    Case("largest_less_smallest", lambda x: ops.amax(x, 1) - ops.amin(x, 1), (SERIES,)),
+    Case("average_of_squares", lambda x: layers.AveragePooling1D(2)(ops.square(x)), (SERIES,), True),
+    Case(
+        "average_of_swish", lambda x: layers.AveragePooling2D(4)(layers.Conv2D(8, 1, activation="swish")(x)), exact=True
+    ),
 ]
+_LIMITS = np.arange(1, 9, dtype="float32") / 4
 MOVES = [
     Case("split", lambda x: ops.split(x, 2, -1)[1] * ops.split(x, 2, -1)[0], (SERIES,)),
     Case("stack", lambda x, y: ops.stack([x, y], 2), (SERIES, SERIES)),
@@ -91,6 +102,33 @@ MOVES = [
     Case("softmax_of_steps", lambda x: layers.Softmax(axis=1)(x), (SERIES,)),
     Case("repeat_vector", lambda x: layers.RepeatVector(4)(x), (VECTOR,)),
     Case("expand_and_squeeze", lambda x: ops.squeeze(ops.expand_dims(x, 2) * 2.0, 2), (SERIES,)),
+    Case("patches", lambda x: ops.image.extract_patches(x, 4)),
+    Case("patches_of_a_part", lambda x: ops.image.extract_patches(x, 5, padding="same")),
+    Case("patches_that_overlap", lambda x: ops.image.extract_patches(x, 3, 2, padding="same")),
+    Case("patches_with_holes", lambda x: ops.image.extract_patches(x, (2, 3), 1, 2)),
+    Case(
+        "crop_images",
+        lambda x: ops.image.crop_images(x, top_cropping=1, left_cropping=2, target_height=5, target_width=4),
+    ),
+    Case(
+        "crop_from_behind",
+        lambda x: ops.image.crop_images(x, bottom_cropping=1, right_cropping=2, target_height=5, target_width=4),
+    ),
+    Case("pad_images", lambda x: ops.image.pad_images(x, 1, 2, target_height=16, target_width=17)),
+    Case("difference", lambda x: ops.diff(x, 2, 1), (SERIES,)),
+    Case("triangles", lambda x: ops.triu(x, 1) + ops.tril(x), ((7, 7),)),
+    Case("hstack_and_append", lambda x, y: ops.append(ops.hstack([x, y]), x, 1), (SERIES, SERIES)),
+    Case("matrix_on_the_left", lambda x: ops.matmul(_MATRIX.T[:, :8] @ np.ones((8, 16), "float32"), x), (SERIES,)),
+    Case("clip_per_channel", lambda x: ops.clip(x, -_LIMITS, _LIMITS), (SERIES,)),
+    Case("where_of_values", lambda x: ops.where(x > 0.5, x, 0.0), (SERIES,)),
+    Case("flatten_channels_first", lambda x: layers.Flatten(data_format="channels_first")(x)),
+    Case("average_channels_first", lambda x: layers.GlobalAveragePooling1D(data_format="channels_first")(x), (SERIES,)),
+    Case("max_channels_first", lambda x: layers.GlobalMaxPooling2D(data_format="channels_first")(x)),
+    Case("dead_beside_alive", lambda x: x + layers.ReLU()(x - 50.0), (SERIES,)),
+    Case("relu_on_a_shared_grid", lambda x, y: ops.concatenate([ops.relu(x), 3.0 * y, x], -1), (SERIES, SERIES), True),
+    Case(
+        "residual_of_vectors", lambda x: layers.Dense(24)(x + layers.Dense(24, activation="relu")(x)), (VECTOR,), True
+    ),
     Case(
         "space_to_depth",
         lambda x: ops.reshape(ops.transpose(ops.reshape(x, (-1, 6, 2, 6, 2, 8)), (0, 1, 3, 2, 4, 5)), (-1, 6, 6, 32)),

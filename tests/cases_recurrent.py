@@ -88,6 +88,7 @@ CELLS = [
         lambda x: _lstm(activation="softsign", recurrent_activation="tanh")(x),
         (STEPS,),
     ),
+    Case("lstm_relu", lambda x: _lstm(activation="relu")(x), (STEPS,)),
     Case("gru", lambda x: _gru()(x), (STEPS,)),
     Case("gru_sequence", lambda x: _gru(return_sequences=True)(x), (STEPS,)),
     Case("gru_no_bias", lambda x: layers.GRU(6, use_bias=False)(x), (STEPS,)),
@@ -114,6 +115,11 @@ BIDIRECTIONAL = [
     )
     for mode in ("concat", "sum", "ave", "mul")
 ] + [
+    Case(
+        "bidirectional_two_kinds",
+        lambda x: layers.Bidirectional(_simple(), backward_layer=_gru(go_backwards=True))(x),
+        (STEPS,),
+    ),
     Case("bidirectional_last", lambda x: layers.Bidirectional(_lstm())(x), (STEPS,)),
     Case(
         "bidirectional_both",

@@ -8,11 +8,10 @@ from keras import tree
 from keras_qat.compounds import Mask
 from keras_qat.graph.lower.attention import BELOW_ALL_SCORES
 from keras_qat.graph.lower.truths import truth_of
-from keras_qat.graph.walk import Graph, Reused, clone, is_index, key_of, nodes_of, producers_of, rewrite
+from keras_qat.graph.walk import MOVES, Graph, Reused, clone, is_index, key_of, nodes_of, producers_of, rewrite
 from keras_qat.truths import Not
 
 _SUMS = ("Add", "ops.Add")
-_MOVES = ("Reshape", "ops.ExpandDims", "ops.GetItem", "ops.Reshape", "ops.Squeeze", "ops.Transpose")
 _CASTS = ("Number", "ops.Cast", "ops.ConvertToTensor", "ops.StopGradient")
 
 
@@ -78,7 +77,7 @@ def _derived(tensor, producers):
         key = node and key_of(node.operation)
         if key == "ChannelScale" and node.operation.scalars is not None:
             scalings.append(node.operation.scalars)
-        elif key in _MOVES:
+        elif key in MOVES:
             moves.append(node)
         elif key not in _CASTS:
             return None

@@ -5,16 +5,16 @@ import dataclasses
 import keras
 from keras import tree
 
-from keras_qat.graph.walk import Graph, Reused, connect, fresh_inputs, is_index, nodes_of, producers_of, rebuild
+from keras_qat.graph.walk import Graph, Reused, connect, fresh_inputs, is_index, key_of, nodes_of, producers_of, rebuild
 from keras_qat.layers import FakeQuant, GridLayer, Quantized, Rescale
-from keras_qat.operations import row_of
+from keras_qat.operations import GONE, row_of
 from keras_qat.primitives import Clamp, Pointwise
 from keras_qat.quantizers import Fixed, MovingAverage
 from tflite_export.program import unique_name
 
 Limits = tuple[float, float]
 
-GONE = ("train", "tied")  # kinds of operations that are not in the file
+_FEW_SUMS = 24
 _SHARING = ("same", "rounded", "joined")  # kinds of operations whose result is on the grid of their inputs
 
 
@@ -193,7 +193,8 @@ def plan(model: Graph, input_ranges: dict[str, Limits]) -> Plan:
             "Nothing of the model is left to quantize: its rules leave every layer in float. Expected a rule with None "
             "to match some layers only."
         )
-    _form_groups(result, lambda key: groups.find(result.roots[key]))
+    read_on_one_grid = {key for node in flow.nodes if flow.kinds[id(node)] in _SHARING for key in flow.sources(node)}
+    _form_groups(result, lambda key: groups.find(result.roots[key]), read_on_one_grid)
     result.products = _groups_of_products(result, flow, groups)
     return result
 
@@ -212,7 +213,7 @@ def _site(node, kind: str) -> Site:
     return Site(node.operation.name, kind if kind == "fixed" else "observed", row.limits)
 
 
-def _form_groups(result: Plan, leader_of) -> None:
+def _form_groups(result: Plan, leader_of, read_on_one_grid: set[int]) -> None:
     """Gives every site its group and its place there.
 
     A fixed range cannot be stretched. Where tensors with such ranges meet others in one group, they keep their range for
@@ -227,7 +228,10 @@ def _form_groups(result: Plan, leader_of) -> None:
         if len({site.limits for site in finding}) > 1:
             for key in keys:
                 site = result.sites[key]
-                if site.kind == "fixed":
+                if site.kind == "fixed" and result.roots[key] not in read_on_one_grid:
+                    sites = [other for other in sites if other is not site]
+                    _add_group(result, [site])
+                elif site.kind == "fixed":
                     second = Site(f"{site.name}.requantized", nonnegative=site.limits[0] == 0)
                     result.moved[result.roots[key]] = second
                     sites = [second if other is site else other for other in sites]
@@ -259,7 +263,16 @@ def _groups_of_products(result: Plan, flow: _Flow, groups: _Groups) -> set[int]:
         site = result.sites.get(id(flow.behind_augmentation(tensor)))
         if site is not None:
             factors_of.setdefault(site.group, set()).add("None")
-    return {group for group, factors in factors_of.items() if len(factors) == 1 and "None" not in factors}
+    found = {group for group, factors in factors_of.items() if len(factors) == 1 and "None" not in factors}
+    return found - _sums_of_vectors(result, flow)
+
+
+def _sums_of_vectors(result: Plan, flow: _Flow) -> set[int]:
+    """The groups of sums of vectors where they are many: an unrolled recurrent layer has hundreds, and each range takes time
+    to move."""
+    nodes = [node for node in flow.nodes if key_of(node.operation) == "Sum" and len(node.outputs[0].shape) < 3]
+    sites = [result.sites.get(id(node.outputs[0])) or result.behind.get(id(node.outputs[0])) for node in nodes]
+    return {site.group for site in sites if site is not None} if len(nodes) > _FEW_SUMS else set()
 
 
 def _grid_of(site: Site):
@@ -312,8 +325,9 @@ class _Annotator:
         product = row_of_node(node).factors(node, scales)
         if product is not None and site.group in self.plan.products:
             self.products.setdefault(site.group, product)
-        if isinstance(node.operation, Clamp) and id(node) not in self.plan.fused:
-            # Its grid ends where it does, but calibration and the time before quantization know no grids.
+        if self._comes_from_another_grid(node, site):
+            # A Clamp's grid ends where it does, but calibration and the time before quantization know no grids. RELU rounds
+            # twice where its result has the longer steps, which happens where others share its grid.
             result = Rescale(name=f"{node.operation.name}.copy")(args[0], scales[0], self._scale_at(site, args[0]))
             result = self.reused.call(node, (result,), {})
         elif isinstance(node.operation, GridLayer):
@@ -328,6 +342,12 @@ class _Annotator:
         if isinstance(node.operation, Pointwise) or self.plan.kinds[id(node)] == "constant":
             self.given.add(id(result))
         return self._behind(node.outputs[0], result)
+
+    def _comes_from_another_grid(self, node, site) -> bool:
+        if self.plan.kinds[id(node)] != "clamp" or id(node) in self.plan.fused:
+            return False
+        shares = row_of_node(node).activation is not None and len(self.plan.groups[site.group]) > 1
+        return shares or isinstance(node.operation, Clamp)
 
     def _scale_at(self, site: Site, x):
         """The scale of a site's grid, before its tensor is there."""

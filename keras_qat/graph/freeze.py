@@ -7,11 +7,12 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_qat.graph.annotate import GONE, row_of_node
+from keras_qat.graph.annotate import row_of_node
 from keras_qat.graph.emit.call import Call
 from keras_qat.graph.rows import batch_axis, rows_per_sample
 from keras_qat.graph.walk import input_names, is_index, nodes_of, output_names, path_of
 from keras_qat.layers import FakeQuant, Quantized, Rescale, require_qat
+from keras_qat.operations import GONE
 from keras_qat.primitives import Slope
 from tflite_export import Op, Program, Tensor, with_io_types
 from tflite_export.garbage import garbage_left
@@ -52,7 +53,7 @@ def freeze(
         freezer.begin(tensor)
     for node in nodes_of(qat):
         freezer.take(node)
-    program.inputs = {name: program.inputs[name] for name in input_names(qat)}
+    program.inputs = {name: freezer.input_of(name, x) for name, x in zip(input_names(qat), qat.inputs, strict=True)}
     for name, tensor in zip(output_names(qat), qat.outputs, strict=True):
         program.outputs[name] = freezer.tensor_of(tensor)
     return with_io_types(optimize(program), input_type, output_type)
@@ -110,6 +111,12 @@ class _Freezer:
             self.program.inputs[name] = self.values[id(tensor)]
             return
         self.values[id(tensor)] = _Pending(None, [], tensor._keras_history.operation.name, shape=tensor.shape)
+
+    def input_of(self, name: str, tensor) -> str:
+        """One that nothing reads is there all the same: somebody will set it."""
+        if name not in self.program.inputs:
+            self.program.inputs[name] = self.program.add(Tensor(name, self.shape(tensor), "int8", scale=(1.0,)))
+        return self.program.inputs[name]
 
     def tensor_of(self, tensor) -> str:
         value = self.values[id(tensor)]

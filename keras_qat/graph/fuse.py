@@ -1,5 +1,7 @@
 """Layers with weights → `Quantized` layers, taking in what can be folded into their integers without any loss."""
 
+import inspect
+
 from keras import ops
 
 from keras_qat.batch_norms import multiplied_and_added
@@ -19,7 +21,7 @@ from keras_qat.graph.walk import (
 )
 from keras_qat.layers import ChannelScale, Quantized, Rescale
 from keras_qat.numerics import is_plain
-from keras_qat.operations import row_of
+from keras_qat.operations import GONE, row_of
 from keras_qat.primitives import Constant, ExactUpsampling, InFloat, Sum
 from keras_qat.spec import Rules
 
@@ -165,7 +167,10 @@ def _wrap_weights(model, rules, input_scalings):
         if _in_float(node, rules):
             if id(operation) not in wrapped:
                 wrapped[id(operation)] = InFloat(reused[operation], name=operation.name)
-            return wrapped[id(operation)](*args, **kwargs)
+            parameters = list(inspect.signature(operation.call).parameters)
+            count = next((n for n, x in enumerate(args) if isinstance(x, (slice, tuple))), len(args))
+            # Keras takes nothing but tensors by position.
+            return wrapped[id(operation)](*args[:count], **dict(zip(parameters[count:], args[count:])), **kwargs)
         if key_of(operation) == "ChannelScale" and operation.is_one_number:
             return _by_one_number(operation, args[0])
         if key_of(operation) in _SUMS:
@@ -203,7 +208,7 @@ def _by_one_number(scaling, x):
 
 def _in_float(node, rules) -> bool:
     kind = row_of(node.operation).range_kind(node)
-    return kind not in ("train", "constant") and rules.scheme_of(path_of(node.operation)) is None
+    return kind not in (*GONE, "constant") and rules.scheme_of(path_of(node.operation)) is None
 
 
 def _is_upsampled_exactly(node, rules) -> bool:

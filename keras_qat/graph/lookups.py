@@ -5,8 +5,21 @@ GATHER. TFLite has single ops that look up too, for a few functions.
 """
 
 import keras
+import numpy as np
 
-from keras_qat.graph.walk import Graph, Reused, clone, fresh_inputs, key_of, nodes_of, readers_of, rebuild
+from keras_qat.graph.walk import (
+    MOVES,
+    Graph,
+    Reused,
+    clone,
+    connect,
+    fresh_inputs,
+    is_index,
+    key_of,
+    nodes_of,
+    readers_of,
+    rebuild,
+)
 from keras_qat.primitives import Pointwise
 
 # Functions that LiteRT looks up in one op. TensorFlow Lite Micro has ABS and RSQRT only.
@@ -22,7 +35,6 @@ FLOAT_OPS = {
     **SINGLE_OPS,
     "ops.Ceil": "CEIL",
     "ops.Cos": "COS",
-    "ops.Elu": "ELU",
     "ops.Floor": "FLOOR",
     "ops.Round": "ROUND",
     "ops.Sin": "SIN",
@@ -69,6 +81,9 @@ def merge_lookups(model: Graph) -> Graph:
             result = node.operation(
                 keras.tree.flatten(inputs)[0]
             )  # its argument means nothing and shall hinder nothing
+        elif key_of(node.operation) in MOVES and is_index(args[0]):
+            like = [keras.KerasTensor(x.shape, args[0].dtype) for x in node.outputs]
+            result = connect(reused[node.operation], args, kwargs, like)
         else:
             result = reused.call(node, args, kwargs)
         new.update(zip(map(id, node.outputs), keras.tree.flatten(result), strict=True))
@@ -81,14 +96,22 @@ def _dtypes(model) -> dict[str, str]:
     """The types of the inputs: one that is only ever cast to whole numbers (the words of an Embedding) has that type."""
     readers, found = readers_of(model), {}
     for tensor in model.inputs:
-        types = {reader and reader.outputs[0].dtype for reader in readers.get(id(tensor), []) if _matters(reader)}
+        types = _read_as(tensor, readers)
         if types == {"int32"} or types == {"int64"}:
             found[tensor._keras_history.operation.name] = "int32"
     return found
 
 
-def _matters(reader) -> bool:
-    return reader is None or key_of(reader.operation) != "Constant"
+def _read_as(tensor, readers) -> set:
+    """The types of what is made of a tensor, also after it was moved. None stands for an output of the model."""
+    types = set()
+    for reader in readers.get(id(tensor), []):
+        key = reader and key_of(reader.operation)
+        if key in MOVES:
+            types |= _read_as(reader.outputs[0], readers)
+        elif key != "Constant":
+            types.add(reader and reader.outputs[0].dtype)
+    return types
 
 
 def _chains(model) -> dict[int, tuple]:
@@ -127,8 +150,16 @@ def _derived(model) -> dict[int, tuple]:
     return derived
 
 
+def constants_of(node) -> list:
+    """The arrays of several numbers that a node computes with."""
+    arguments = (node.arguments.args, node.arguments.kwargs)
+    return [x for x in keras.tree.flatten(arguments) if not isinstance(x, keras.KerasTensor) and np.size(x) > 1]
+
+
 def _is_pointwise(node, sources) -> bool:
     key = key_of(node.operation)
+    if constants_of(node):
+        return False
     if key == "ChannelScale":
         return node.operation.scalars is not None
     if key in ("ops.Relu", "ops.Relu6") and not sources[0][1]:

@@ -30,6 +30,9 @@ _Reshape = type(ops.reshape(keras.KerasTensor((None, 2)), (-1, 2))._keras_histor
 _Ndim = type(ops.ndim(keras.KerasTensor((1,)))._keras_history.operation)
 
 
+_Cond = keras.src.ops.core.Cond
+
+
 @contextlib.contextmanager
 def lenient():
     """Weights may stand on the left of an operator, layers may return None among their tensors, `ops.ndim` gives a number.
@@ -41,6 +44,7 @@ def lenient():
     replaced += [
         (Node, "__init__", _without_nones(Node.__init__)),
         (keras.Layer, "symbolic_call", _by_running(keras.Layer.symbolic_call)),
+        (_Cond, "__call__", _without_branches(_Cond.__call__)),
         (_Ndim, "symbolic_call", lambda self, x: len(x.shape)),
         (_Reshape, "compute_output_spec", _with_sizes(_Reshape.compute_output_spec)),
     ]
@@ -52,6 +56,15 @@ def lenient():
     finally:
         for owner, name, method in before:
             setattr(owner, name, method)
+
+
+def _without_branches(call):
+    def __call__(self, pred, *args, **kwargs):
+        if isinstance(pred, keras.KerasTensor):
+            raise TypeError("keras.ops.cond: which way to go depends on the data.")
+        return call(self, pred, *args, **kwargs)
+
+    return __call__
 
 
 def _either(name, function):

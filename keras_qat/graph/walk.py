@@ -116,7 +116,7 @@ def clone(operation, name: str | None = None):
         twin.name = name or operation.name
         return twin
     # float32 whatever the policy: integers are simulated in float32, and half precision would move them.
-    config = {**operation.get_config(), "name": name or operation.name, "dtype": "float32"}
+    config = {**config_of(operation), "name": name or operation.name, "dtype": "float32"}
     adapted = [config.pop(option, None) for option in _ADAPTERS][0]
     twin = type(operation).from_config(config)
     twin.trainable = operation.trainable
@@ -135,6 +135,15 @@ def clone(operation, name: str | None = None):
     elif build:
         twin.build(**build)
     return twin
+
+
+def config_of(layer) -> dict:
+    """A layer's configuration with its regularizers, constraints and initializers themselves, which a user need not register."""
+    config = layer.get_config()
+    for option in config:
+        if option.endswith(("_regularizer", "_constraint", "_initializer")):
+            config[option] = getattr(layer, option, config[option])
+    return config
 
 
 _ADAPTERS = ("lora_rank", "lora_alpha")  # of `enable_lora`: a copy has one weight, with what the adapter adds to it
@@ -163,6 +172,10 @@ def _filled_from(layer, twin) -> set[int]:
 def is_index(tensor) -> bool:
     """Whether a tensor holds truth values or numbers that count something (ids of words), not values on a grid."""
     return tensor.dtype in ("bool", "int32", "int64", "uint32")
+
+
+# What only moves numbers, whatever they are.
+MOVES = ("Flatten", "Reshape", "ops.ExpandDims", "ops.GetItem", "ops.Reshape", "ops.Squeeze", "ops.Transpose")
 
 
 def key_of(operation) -> str | None:

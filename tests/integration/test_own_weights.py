@@ -229,6 +229,25 @@ def test_layers_that_keras_quantized_are_refused():
         kq.quantize(model)
 
 
+class Latents(layers.Layer):
+    """A weight on the left of a product, as in Perceiver."""
+
+    def build(self, input_shape):
+        self.latents = self.add_weight(shape=(1, 4, input_shape[1]), initializer="random_normal")
+
+    def call(self, x):
+        return ops.matmul(self.latents, x)
+
+
+def test_a_weight_on_the_left_is_learned():
+    symbolic = keras.Input((5, 8))
+    model = keras.Model(symbolic, Latents()(symbolic))
+    qat = kq.calibrate(kq.quantize(model), SERIES)
+    assert len(qat.trainable_variables) == 1
+    expected = model.predict(SERIES, verbose=0)
+    assert np.mean((qat.predict(SERIES, verbose=0) - expected) ** 2) < 1e-3 * np.mean(expected**2)
+
+
 class Positions(layers.Layer):
     """An embedding of each place, as people write it: Keras runs it at once, on numbers that are no tensors of the model."""
 

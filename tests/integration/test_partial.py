@@ -73,3 +73,17 @@ def test_a_look_up_that_tflite_cannot_compute_in_float_is_refused():
     model = keras.Model(inputs, layers.Dense(3)(layers.Activation("softplus", name="plus")(inputs)))
     with pytest.raises(kq.UnsupportedModelError, match="'plus'.*no float op.*Leave it out of the rule"):
         kq.quantize(model, rules=[kq.Rule("plus", None)])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [layers.Lambda(lambda x: x[:, 1:], name="head"), layers.GRU(3, name="head"), layers.LSTM(3, name="head")],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_that_slice_are_left_in_float(layer, tmp_path):
+    x = np.random.default_rng(0).normal(size=(64, 4, 5)).astype("float32")
+    inputs = keras.Input((4, 5))
+    model = keras.Model(inputs, layers.Dense(2)(layer(inputs)))
+    qat = kq.calibrate(kq.quantize(model, rules=[kq.Rule("head/*", None), kq.Rule("head", None)]), x)
+    report = kq.export(qat, tmp_path / "model.tflite", x)
+    assert report.parity.max_lsb <= 1 and not report.summary.is_full_int8

@@ -762,3 +762,97 @@ def test_errors_go_from_process_to_process():
     parity = tflite_export.Parity([], samples=3)
     error = pickle.loads(pickle.dumps(kq.ExportError("It differs.", parity)))
     assert str(error) == "It differs." and error.parity.samples == 3
+
+
+class Rates(keras.Model):
+    """Ids of users and of things in one array, as collaborative filters have them; the input's type is not known."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding, self.dense = layers.Embedding(9, 4), layers.Dense(3)
+
+    def call(self, ids):
+        return self.dense(self.embedding(ids[:, 0]) + self.embedding(ids[:, 1]))
+
+
+def test_ids_that_are_cut_out_stay_whole_numbers():
+    ids = np.random.default_rng(0).integers(0, 9, (64, 2)).astype("int32")
+    model = Rates()
+    model(ids)
+    qat = kq.calibrate(kq.quantize(model), ids)
+    expected = model.predict(ids, verbose=0)
+    assert np.mean((qat.predict(ids, verbose=0) - expected) ** 2) < 1e-3 * np.mean(expected**2)
+    assert tflite_export.predict(tflite_export.write(kq.freeze(qat)), ids).shape == (64, 3)
+
+
+ENCODINGS = {
+    "one_hot": ((), lambda ids: ops.one_hot(ids, 6)),
+    "one_hot_in_front": ((4,), lambda ids: ops.one_hot(ids, 6, axis=1)),
+    "one_category": ((1,), lambda ids: layers.CategoryEncoding(6, output_mode="one_hot")(ids)),
+    "several_categories": ((4,), lambda ids: layers.CategoryEncoding(6, output_mode="multi_hot")(ids)),
+}
+
+
+@pytest.mark.parametrize("shape, encode", ENCODINGS.values(), ids=ENCODINGS)
+def test_categories_become_rows_of_zeros_and_ones(shape, encode):
+    ids = keras.Input(shape, dtype="int32")
+    model = keras.Model(ids, encode(ids))
+    x = np.random.default_rng(0).integers(0, 6, (32, *shape)).astype("int32")
+    qat = kq.calibrate(kq.quantize(model), x)
+    result = tflite_export.predict(tflite_export.write(kq.freeze(qat)), x)
+    np.testing.assert_allclose(result, model.predict(x, verbose=0), atol=1e-6)
+
+
+def test_an_input_that_nothing_reads_stays_an_input():
+    used, unused = keras.Input((5,), name="used"), keras.Input((3,), name="unused")
+    model = keras.Model([used, unused], layers.Dense(2)(used))
+    arrays = [np.ones((8, 5), "float32"), np.ones((8, 3), "float32")]
+    qat = kq.calibrate(kq.quantize(model), arrays)
+    assert list(kq.freeze(qat).inputs) == ["used", "unused"]
+    assert tflite_export.verify(tflite_export.write(kq.freeze(qat)), qat, arrays).max_lsb == 0
+
+
+def test_two_norms_of_a_shared_model_get_names_of_their_own():
+    keras.backend.clear_session()  # names that begin with 0
+    x = inputs = keras.Input((6,))
+    for _ in range(2):
+        x = layers.BatchNormalization()(layers.Dense(8, activation="tanh")(x))
+    shared = keras.Model(inputs, x)
+    pair = [keras.Input((6,)) for _ in range(2)]
+    qat = kq.quantize(keras.Model(pair, layers.subtract([shared(one) for one in pair])))
+    assert len({layer.name for layer in qat.layers}) == len(qat.layers)
+
+
+class Unregistered(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return 0.01 * ops.sum(x**2)
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.parametrize("option", ["kernel_regularizer", "activity_regularizer"])
+def test_regularizers_need_not_be_registered(option):
+    inputs = keras.Input((8,))
+    qat = kq.quantize(keras.Model(inputs, layers.Dense(3, **{option: Unregistered()})(inputs)))
+    qat(np.ones((2, 8), "float32"))
+    assert len(qat.losses) == 1
+
+
+class Branches(layers.Layer):
+    def call(self, x):
+        return ops.cond(ops.sum(x) > 0, lambda: x, lambda: -x)
+
+
+def test_branches_that_depend_on_the_data_are_refused():
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, 2.0 * Branches(name="branches")(inputs))
+    with pytest.raises(kq.UnsupportedModelError, match="'branches'.*which way to go.*\n?.*keras.ops.where"):
+        kq.quantize(model)
+
+
+def test_constants_for_each_channel_are_no_look_up():
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, ops.power(ops.abs(inputs), np.arange(8.0)))
+    with pytest.raises(kq.UnsupportedModelError, match="several constants, one for each channel"):
+        kq.quantize(model)

@@ -91,7 +91,9 @@ def _with_tensor(key, values, at, operand):
 def _clip(operation, args, kwargs):
     """Limits around zero are the ends of the result's grid; others are looked up."""
     low, high = operation.x_min, operation.x_max
-    if low is None or high is None or not np.size(low) == np.size(high) == 1:
+    if np.size(low) > 1 or np.size(high) > 1:
+        return lambda x, *_: ops.minimum(ops.maximum(x, low), high)
+    if low is None or high is None:
         return None
     if low == 0 and high > 1e30:
         return ops.relu
@@ -184,7 +186,9 @@ def _log_softmax(operation, args, kwargs):
 
 def _matmul(operation, args, kwargs):
     """`x @ w` with an array or a weight is a Dense, or for each leading index of w a matrix of its own."""
-    if len(args) != 2 or not isinstance(args[0], keras.KerasTensor) or isinstance(args[1], keras.KerasTensor):
+    if len(args) != 2 or isinstance(args[1], keras.KerasTensor):
+        return _from_the_left(*args) if len(args) == 2 and not isinstance(args[0], keras.KerasTensor) else None
+    if not isinstance(args[0], keras.KerasTensor):
         return None
     values, learned = np.asarray(args[1], np.float32), is_learned(args[1])
     if values.ndim == 2:
@@ -203,10 +207,61 @@ def _dot(operation, args, kwargs):
     return lambda x, w: ops.matmul(x, w)
 
 
+def _from_the_left(matrix, x):
+    """`w @ x` is `xᵀ @ wᵀ`, transposed: a Dense along the axis before the last one."""
+    values = np.asarray(matrix, np.float32)
+    if values.ndim < 2 or values.size != math.prod(values.shape[-2:]) or len(x.shape) < 3:
+        return None
+    kernel = values.reshape(values.shape[-2:]).T
+    dense = dense_of(kernel, trainable=is_learned(matrix), **penalties(matrix, "kernel_"))
+    return lambda _, x: ops.swapaxes(dense(ops.swapaxes(x, -1, -2)), -1, -2)
+
+
+def _cumulative_sum(operation, args, kwargs):
+    """A product with a triangle of ones."""
+    axis, size = operation.axis, operation.axis is not None and args[0].shape[operation.axis]
+    if not size:
+        return None
+    triangle = np.triu(np.ones((size, size), np.float32))
+    return lambda x: ops.moveaxis(ops.matmul(ops.moveaxis(x, axis, -1), triangle), -1, axis)
+
+
+def _norm(operation, args, kwargs):
+    order, options = operation.ord, {"axis": operation.axis, "keepdims": operation.keepdims}
+    if isinstance(options["axis"], (list, tuple)) and len(options["axis"]) > 1 and order not in (None, "fro"):
+        return None
+    norms = {
+        1: lambda x: ops.sum(ops.abs(x), **options),
+        np.inf: lambda x: ops.max(ops.abs(x), **options),
+        **dict.fromkeys([None, 2, "fro", "euclidean"], lambda x: ops.sqrt(ops.sum(ops.square(x), **options))),
+    }
+    return norms.get(order)
+
+
+def _moments(operation, args, kwargs):
+    options = {"axis": operation.axes, "keepdims": operation.keepdims}
+    return lambda x: (ops.mean(x, **options), ops.var(x, **options))
+
+
+def _average(operation, args, kwargs):
+    return (lambda x, *_: ops.mean(x, axis=operation.axis)) if len(args) == 1 and not kwargs.get("weights") else None
+
+
+def _alias(function):
+    """Another name of a function with the same options."""
+    return lambda operation, args, kwargs: lambda x: function(x, axis=operation.axis, keepdims=operation.keepdims)
+
+
 RULES = {
     **dict.fromkeys(_MERGING, _merged),
     **dict.fromkeys([*_BINARY, "ops.TrueDivide", "ops.Divide"], _binary),
+    "ops.Amax": _alias(ops.max),
+    "ops.Amin": _alias(ops.min),
+    "ops.Average": _average,
     "ops.Clip": _clip,
+    "ops.Cumsum": _cumulative_sum,
+    "ops.Moments": _moments,
+    "ops.Norm": _norm,
     "ops.Square": _square,
     "ops.Power": _power,
     "ops.Negative": _negative,

@@ -10,11 +10,9 @@ from keras import ops
 from keras_qat.compounds import Mask
 from keras_qat.graph.lower import contractions
 from keras_qat.graph.lower.moves import reshaped, transposed
-from keras_qat.graph.lower.truths import chosen, truth_of
+from keras_qat.graph.lower.truths import chosen, counts, truth_of
 from keras_qat.graph.lower.weights import dense_of
-from keras_qat.graph.walk import is_index
 from keras_qat.layers import ChannelScale
-from keras_qat.primitives import Constant
 from keras_qat.truths import Logic, Not
 
 # What code puts in for masked scores, or adds to them, is far below this; no score is.
@@ -119,7 +117,7 @@ def _where(operation, args, kwargs):
     """Scores out of the softmax's sight, or a choice between tensors and constants."""
     condition, *sides = [*args, *kwargs.values()]
     tensors = [is_computed(side) for side in sides]
-    if len(sides) != 2 or all(tensors) or (is_computed(condition) and not is_index(condition)):
+    if len(sides) != 2 or all(tensors) or (is_computed(condition) and not counts(condition)):
         return None
     if any(tensors):
         at = tensors.index(True)
@@ -132,20 +130,6 @@ def _where(operation, args, kwargs):
 
 def _not(keep):
     return Not(name="mask")(truth_of(keep)) if is_computed(keep) else ~np.asarray(keep, bool)
-
-
-def _average_of_seen(layer, args, kwargs):
-    """GlobalAveragePooling1D with a mask: attention that likes all places alike."""
-    if kwargs.get("mask") is None or layer.data_format != "channels_last":
-        return None
-    no_scores = Constant(np.zeros((1, 1, args[0].shape[1])), per_sample=True, name="scores")
-
-    def average(x, mask):
-        weights = ops.softmax(masked(no_scores(x), ops.expand_dims(truth_of(mask), 1)), axis=-1)
-        result = ops.matmul(weights, x)
-        return result if layer.keepdims else ops.squeeze(result, axis=1)
-
-    return average
 
 
 def _softmax_layer(layer, args, kwargs):
@@ -259,7 +243,6 @@ RULES = {
     **contractions.RULES,
     "AdditiveAttention": _attention,
     "Attention": _attention,
-    "GlobalAveragePooling1D": _average_of_seen,
     "GroupedQueryAttention": _multi_head_attention,
     "MultiHeadAttention": _multi_head_attention,
     "Softmax": _softmax_layer,

@@ -1,6 +1,12 @@
 """Pooling by keras.ops, and pooling whose windows follow from the size of its result."""
 
 import keras
+import numpy as np
+from keras import ops
+
+from keras_qat.graph.lower.attention import masked
+from keras_qat.graph.lower.truths import truth_of
+from keras_qat.primitives import Constant
 
 
 def _pool(layers):
@@ -33,6 +39,32 @@ def _adaptive(layers):
     return rule
 
 
+def _of_channels_first(reduce):
+    def rule(layer, args, kwargs):
+        axes = tuple(range(2, len(args[0].shape)))
+        return (
+            (lambda x: reduce(x, axis=axes, keepdims=layer.keepdims)) if layer.data_format == "channels_first" else None
+        )
+
+    return rule
+
+
+def _average_of_steps(layer, args, kwargs):
+    """With a mask it is attention that likes all places alike."""
+    if kwargs.get("mask") is None:
+        return _of_channels_first(ops.mean)(layer, args, kwargs)
+    if layer.data_format == "channels_first":
+        return None
+    no_scores = Constant(np.zeros((1, 1, args[0].shape[1])), per_sample=True, name="scores")
+
+    def average(x, mask):
+        weights = ops.softmax(masked(no_scores(x), ops.expand_dims(truth_of(mask), 1)), axis=-1)
+        result = ops.matmul(weights, x)
+        return result if layer.keepdims else ops.squeeze(result, axis=1)
+
+    return average
+
+
 _AVERAGE = {
     1: keras.layers.AveragePooling1D,
     2: keras.layers.AveragePooling2D,
@@ -40,6 +72,10 @@ _AVERAGE = {
 }
 _MAX = {1: keras.layers.MaxPooling1D, 2: keras.layers.MaxPooling2D, 3: keras.layers.MaxPooling3D}
 RULES = {
+    "GlobalAveragePooling1D": _average_of_steps,
+    "GlobalAveragePooling2D": _of_channels_first(ops.mean),
+    "GlobalMaxPooling1D": _of_channels_first(ops.max),
+    "GlobalMaxPooling2D": _of_channels_first(ops.max),
     "ops.AveragePool": _pool(_AVERAGE),
     "ops.MaxPool": _pool(_MAX),
     **{f"AdaptiveAveragePooling{rank}D": _adaptive(_AVERAGE) for rank in _AVERAGE},

@@ -1,5 +1,7 @@
 """Moving, cutting and joining."""
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -138,6 +140,58 @@ def _take(operation, args, kwargs):
     return lambda _, ids: ops.take(table(ids), ops.cast(ids, "int32"), axis=0)
 
 
+def _one_hot(operation, args, kwargs):
+    """Rows of an identity matrix."""
+    if not is_index(args[0]) or args[0].dtype == "bool":
+        return None
+    table, axis = np.eye(operation.num_classes), operation.axis
+    return lambda ids: ops.moveaxis(ops.take(table, ids, axis=0), -1, axis)
+
+
+def _categories(layer, args, kwargs):
+    """CategoryEncoding: ids to one row of zeros and ones for each sample."""
+    ids = args[0]
+    if not is_index(ids) or layer.output_mode not in ("one_hot", "multi_hot") or "count_weights" in kwargs:
+        return None
+
+    def encode(ids):
+        rows = ops.one_hot(ids, layer.num_tokens)
+        if layer.output_mode == "multi_hot" and len(ids.shape) > 1:
+            return ops.max(rows, axis=-2)
+        return ops.squeeze(rows, axis=-2) if ids.shape[-1:] == (1,) else rows
+
+    return encode
+
+
+def _triangle(operation, args, kwargs):
+    kept = np.triu if key_of(operation) == "ops.Triu" else np.tril
+    return lambda x: ops.where(kept(np.ones((1, *x.shape[1:]), bool), operation.k), x, 0.0)
+
+
+def _difference(operation, args, kwargs):
+    axis = operation.axis
+
+    def difference(x):
+        for _ in range(operation.n):
+            rank = len(x.shape)
+            x = x[_at(axis, slice(1, None), rank)] - x[_at(axis, slice(None, -1), rank)]
+        return x
+
+    return difference
+
+
+def _append(operation, args, kwargs):
+    return None if operation.axis is None else lambda one, other: ops.concatenate([one, other], axis=operation.axis)
+
+
+def _flatten(layer, args, kwargs):
+    """channels_first: Keras moves the channels to the end before it flattens."""
+    rank = len(args[0].shape)
+    if layer.data_format != "channels_first" or rank < 3:
+        return None
+    return lambda x: ops.reshape(ops.transpose(x, (0, *range(2, rank), 1)), (-1, math.prod(x.shape[1:])))
+
+
 def _softmax(operation, args, kwargs):
     """Along another axis than the last: moved there and back."""
     rank, axis = len(args[0].shape), operation.axis
@@ -188,13 +242,19 @@ def _identity(layer, args, kwargs):
 
 RULES = {
     "Concatenate": _join,
+    "CategoryEncoding": _categories,
     "Embedding": _embedding,
+    "Flatten": _flatten,
     "Identity": _identity,
     "RepeatVector": _repeat_vector,
     "ReversibleEmbedding": _reversible_embedding,
+    "ops.Append": _append,
     "ops.Concatenate": _join,
+    "ops.Diff": _difference,
     "ops.Flip": _flip,
     "ops.Moveaxis": _move_axes,
+    "ops.Hstack": lambda operation, args, kwargs: lambda tensors: ops.concatenate(tensors, axis=1),
+    "ops.OneHot": _one_hot,
     "ops.OnesLike": _filled,
     "ops.Repeat": _repeat,
     "ops.Roll": _roll,
@@ -204,6 +264,8 @@ RULES = {
     "ops.Swapaxes": _swap_axes,
     "ops.Take": _take,
     "ops.Tile": _tile,
+    "ops.Tril": _triangle,
+    "ops.Triu": _triangle,
     "ops.Unstack": _unstack,
     "ops.ZerosLike": _filled,
 }

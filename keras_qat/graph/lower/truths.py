@@ -4,10 +4,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qat.graph.walk import is_index
+from keras_qat.graph.walk import MOVES, is_index, key_of
 from keras_qat.primitives import Constant
 from keras_qat.truths import COMPARISONS, CONNECTIVES, Comparison, Logic, Not, Number
 
+_TRUTHS = ("Comparison", "InputLayer", "Logic", "Not")
 _MIRRORED = {"less": "greater", "less_equal": "greater_equal", "greater": "less", "greater_equal": "less_equal"}
 # Of numbers that are 0 or not, these are logic.
 _LOGIC_OF_NUMBERS = {"minimum": "logical_and", "multiply": "logical_and", "maximum": "logical_or"}
@@ -32,6 +33,15 @@ def chosen(keep, one, other=0.0):
 def _constant(values) -> Constant:
     values = np.asarray(values, "float32")
     return Constant(values.reshape((1,) * max(1 - values.ndim, 0) + values.shape), name="constant")
+
+
+def counts(tensor) -> bool:
+    """Whether a tensor holds whole numbers, or truth values that come of such alone and not of values on a grid."""
+    operation, index, _ = tensor._keras_history
+    key = key_of(operation)
+    if not is_index(tensor) or (tensor.dtype == "bool" and key not in (*_TRUTHS, *MOVES)):
+        return False
+    return key not in MOVES or all(map(counts, operation._inbound_nodes[index].input_tensors))
 
 
 def _name_of(operation) -> str:

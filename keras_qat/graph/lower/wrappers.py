@@ -8,7 +8,7 @@ from keras import ops
 from keras_qat.graph.lower.moves import reshaped
 from keras_qat.graph.lower.recurrent import RULES as _RECURRENT
 from keras_qat.graph.lower.recurrent import steps_of, unrolled
-from keras_qat.graph.walk import key_of
+from keras_qat.graph.walk import config_of, key_of
 
 
 def _bidirectional(layer, args, kwargs):
@@ -91,12 +91,12 @@ def _batch_norm(inner, shape):
     """Another one, of the sequence's rank. In training it normalizes all steps together."""
     if inner.axis not in (-1, len(shape) - 2) or len(shape) > 4:
         return None
-    return _rebuilt(keras.layers.BatchNormalization, {**inner.get_config(), "axis": -1}, inner, shape)
+    return _rebuilt(keras.layers.BatchNormalization, {**config_of(inner), "axis": -1}, inner, shape)
 
 
 def _along_rows(inner, shape):
     """A layer on series becomes one on images whose rows are the steps, with a window one row high."""
-    config = inner.get_config()
+    config = config_of(inner)
     if config["padding"] == "causal" or config["data_format"] != "channels_last":
         return None
     for key in ("kernel_size", "pool_size", "strides", "dilation_rate"):
