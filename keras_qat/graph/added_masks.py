@@ -20,13 +20,13 @@ class _Penalty:
     """What is added to scores where they are hidden, and nothing elsewhere.
 
     Args:
-        scores: The other tensor of the sum.
+        scores: The other tensors of the sum: the scores, and a bias that the mask was added to.
         truth: The tensor of whole numbers that it comes from.
         moves: The nodes that move it, the first one first.
         hides_zero: Scores are hidden where the truth is 0, not where it is 1.
     """
 
-    scores: object
+    scores: list
     truth: object
     moves: list
     hides_zero: bool
@@ -51,7 +51,10 @@ def hide_what_is_added(model: Graph) -> Graph:
             again = clone(move.operation, f"{node.operation.name}.{move.operation.name}")
             flags = again(flags, *move.arguments.args[1:], **move.arguments.kwargs)
         keep = flags if penalty.hides_zero else Not(name=f"{node.operation.name}.keep")(flags)
-        return Mask(name=node.operation.name)(new[id(penalty.scores)], keep)
+        scores, *biases = [new[id(tensor)] for tensor in penalty.scores]
+        for bias in biases:
+            scores = clone(node.operation, f"{node.operation.name}.bias")(scores, bias)
+        return Mask(name=node.operation.name)(scores, keep)
 
     return rewrite(model, visit)
 
@@ -60,13 +63,29 @@ def _penalty(node, producers) -> _Penalty | None:
     if len(node.input_tensors) != 2:
         return None
     for scores, added in (node.input_tensors, node.input_tensors[::-1]):
-        found = _derived(added, producers)
-        if found is None or len(scores.shape) != len(added.shape) or scores.shape != node.outputs[0].shape:
+        if scores.shape != node.outputs[0].shape or len(scores.shape) != len(added.shape):
             continue
-        truth, moves, (of_zero, of_one) = found
-        if min(of_zero, of_one) <= BELOW_ALL_SCORES and max(of_zero, of_one) == 0:
-            return _Penalty(scores, truth, moves, hides_zero=of_zero < of_one)
+        for low, *biases in _splits(added, producers):
+            found = _derived(low, producers)
+            if found is None:
+                continue
+            truth, moves, (of_zero, of_one) = found
+            if min(of_zero, of_one) <= BELOW_ALL_SCORES and max(of_zero, of_one) == 0:
+                return _Penalty([scores, *biases], truth, moves, hides_zero=of_zero < of_one)
     return None
+
+
+def _splits(tensor, producers):
+    """What may be the mask, and what is added to it."""
+    yield (tensor,)
+    node = producers.get(id(tensor))
+    while node is not None and key_of(node.operation) in _CASTS:
+        node = producers.get(id(node.input_tensors[0]))
+    if node is not None and key_of(node.operation) in _SUMS and len(node.input_tensors) == 2:
+        one, other = node.input_tensors
+        if len(one.shape) == len(other.shape):
+            yield one, other
+            yield other, one
 
 
 def _derived(tensor, producers):

@@ -2,10 +2,13 @@
 
 import contextlib
 import inspect
+import os
 import re
 import traceback
 
 import keras
+import optree
+import tensorflow as tf
 from keras import ops, tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
@@ -48,7 +51,7 @@ def trace(model: keras.Model, is_primitive, lowering_of, inputs=None) -> tuple[G
     tracer = _Tracer(is_primitive, lowering_of)
     open_axes = _dynamic_axes(inputs)
     with _left_untouched(model), lenient(), _rules_noted(tracer):
-        outputs = tracer.open(model, (inputs,), {}, path="")
+        outputs = tracer.open_model(model, inputs)
     tracer.warn_of_doubles()
     for output in tree.flatten(outputs):
         if not isinstance(output, keras.KerasTensor):
@@ -75,7 +78,13 @@ def _inputs_of(model):
             structure,
         )
     shapes = model._build_shapes_dict
-    if not model.built or not shapes:
+    if model.built and not shapes:
+        raise ValueError(
+            f"Model {model.name!r} was called, but Keras does not know the shape of its input, because its call does not run "
+            "on symbolic tensors: it decides by the data, or uses functions of numpy or TensorFlow. Pass kq.quantize(..., "
+            "inputs=keras.Input(shape)): what stands in the way is then named."
+        )
+    if not shapes:
         raise ValueError(f"Model {model.name!r} is not built, so the shape of its input is unknown. {_HOW_TO_BUILD}")
     shape = next(iter(shapes.values()))
     if isinstance(shape, dict):
@@ -135,6 +144,14 @@ class _Tracer:
             except Exception as error:  # whatever a user's `call` raises on symbolic tensors
                 return self._leave_closed(operation, args, kwargs, path, _why_closed(operation, error))
         return self._leave_closed(operation, args, kwargs, path, _NO_FORM)
+
+    def open_model(self, model, inputs):
+        try:
+            return self.open(model, (inputs,), {}, path="")
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # whatever a user's `call` raises on symbolic tensors
+            raise UnsupportedModelError([_problem(model.name, model, _why_closed(model, error))]) from error
 
     def open(self, composite, args, kwargs, path):
         """Replaces a composite by what it is made of."""
@@ -229,10 +246,8 @@ class _Tracer:
         return layer
 
     def _leave_closed(self, operation, args, kwargs, path, reason):
-        reason, _, way_out = reason.partition("\n")
-        way_out = way_out or _instead_of(reason) or "Rebuild it from what keras_qat/OPERATIONS.md lists."
         outputs = _Closed(operation, name=self._unique(path))(*args, **kwargs)
-        self.problems.append(Problem(path, type(operation).__name__, reason, way_out))
+        self.problems.append(_problem(path, operation, reason))
         if reason == _NO_FORM and all(tensor.dtype == "bool" for tensor in tree.flatten(outputs)):
             self._truths.append((self.problems[-1], _symbolic((args, kwargs)), tree.flatten(outputs)))
         return outputs
@@ -394,16 +409,39 @@ def _join(path, name):
 def _why_closed(operation, error) -> str:
     if _is_refusal(error):
         return str(error).replace(". ", ".\n", 1)  # what it is, and the way out
-    if type(operation).__module__.startswith("keras."):
+    if type(operation).__module__.startswith("keras.") and not isinstance(operation, keras.layers.Lambda):
         return _NO_FORM
     if isinstance(error, DependsOnBatch):
         return f"Its call computes with the size of the batch. {error}"
     line = _line_of(error)
     if "TensorFlow function" in str(error):
         return f"Its call uses TensorFlow's functions, which cannot be traced: {line}."
-    if "as a Python `bool`" in str(error) or "symbolic KerasTensor as a boolean" in str(error):
+    if "as a Python `bool`" in str(error) or "as a boolean" in str(error):
         return f"Its call decides by the data which way to go: {line}."
     return f"Its call cannot run on symbolic tensors: {type(error).__name__}: {_first_line(error)} In: {line}."
+
+
+def _problem(path, operation, reason) -> Problem:
+    """With the way out that stands behind the reason, on a line of its own, or that follows from it."""
+    reason, _, way_out = reason.partition("\n")
+    if type(operation).__name__ in _PREPROCESSING:
+        way_out = way_out or "Run it in front of the model (with tf.data, say), and give the model what comes of it."
+    way_out = way_out or _instead_of(reason) or "Rebuild it from what keras_qat/OPERATIONS.md lists."
+    return Problem(path, type(operation).__name__, reason, way_out)
+
+
+_PREPROCESSING = (
+    *(
+        "CategoryEncoding",
+        "Discretization",
+        "HashedCrossing",
+        "Hashing",
+        "IntegerLookup",
+        "MelSpectrogram",
+        "STFTSpectrogram",
+    ),
+    *("StringLookup", "TextVectorization"),
+)
 
 
 def _is_refusal(error) -> bool:
@@ -414,11 +452,26 @@ def _is_refusal(error) -> bool:
     )
 
 
+_HERE = os.path.dirname(os.path.dirname(__file__))
+_PACKAGES = tuple(folder + os.sep for folder in (_HERE, *[os.path.dirname(one.__file__) for one in (keras, optree, tf)]))
+
+
 def _line_of(error) -> str:
     """The user's own line that raised an error."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not re.search(r"[/\\](keras|keras_qat|tensorflow|optree)[/\\]", frame.filename)]
+    own = [frame for frame in frames if not frame.filename.startswith((*_PACKAGES, "<"))]
     return f"{own[-1].line!r} (line {own[-1].lineno} of {own[-1].filename})" if own else "unknown"
+
+
+_OTHER_NAMES = {
+    "concat": "concatenate",
+    "gather": "take",
+    "image.resize": "image.resize",
+    "nn.space_to_depth": "reshape and keras.ops.transpose",
+    **{f"reduce_{name}": name for name in ("all", "any", "max", "mean", "min", "prod", "sum")},
+    **{f"math.reduce_{name}": name for name in ("all", "any", "max", "mean", "min", "prod", "std", "sum", "variance")},
+    "math.reduce_variance": "var",
+}
 
 
 def _instead_of(reason: str) -> str | None:
@@ -428,7 +481,9 @@ def _instead_of(reason: str) -> str | None:
     names = re.findall(r"\b(?:tf|tensorflow)\.([\w.]+)", reason)
     if not names:
         return None
-    twins = [f"keras.ops.{name.split('.')[-1]} for tf.{name}" for name in names if hasattr(ops, name.split(".")[-1])]
+    last = {name: name.split(".")[-1] for name in names}
+    twins = {name: _OTHER_NAMES.get(name, one if hasattr(ops, one) else None) for name, one in last.items()}
+    twins = [f"keras.ops.{twin} for tf.{name}" for name, twin in twins.items() if twin]
     return f"Use {', '.join(twins)}." if twins else "Use functions of keras.ops in place of tf's."
 
 

@@ -447,7 +447,50 @@ class Unbuilt(keras.Model):
         return x
 
 
+class Decides(layers.Layer):
+    def call(self, x):
+        return x if ops.sum(x) > 0 else -x
+
+
+class Called(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.decides = layers.Dense(3), Decides()
+
+    def call(self, x):
+        return self.decides(self.dense(x))
+
+
+def called():
+    model = Called(name="mine")
+    model(np.ones((2, 4), "float32"))
+    return model
+
+
+def test_what_stands_in_the_way_of_a_model_is_named():
+    with pytest.raises(kq.UnsupportedModelError, match="'mine'.*decides by the data.*if ops.sum.*keras.ops.where"):
+        kq.quantize(called(), inputs=keras.Input((4,)))
+
+
+def test_functions_of_tensorflow_in_a_lambda_are_named():
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Lambda(lambda x: tf.concat([tf.nn.softmax(x), x], 1), name="mine")(inputs))
+    with pytest.raises(
+        kq.UnsupportedModelError, match="'mine'.*keras.ops.concatenate for tf.concat, keras.ops.softmax"
+    ):
+        kq.quantize(model)
+
+
+def test_layers_for_text_belong_in_front_of_the_model():
+    words = keras.Input((1,), dtype="string")
+    ids = layers.StringLookup(vocabulary=["a", "b"], name="words")(words)
+    model = keras.Model(words, layers.Embedding(4, 3)(ids))
+    with pytest.raises(kq.UnsupportedModelError, match="'words'.*Run it in front of the model"):
+        kq.quantize(model)
+
+
 NO_MODELS = {
+    "called_subclass": (called, "'mine' was called, but Keras does not know.*inputs=keras.Input"),
     "foreign": (ForeignModel, "ForeignModel.*tf_keras"),
     "layer": (lambda: layers.Dense(3), "Dense"),
     "path": (lambda: "model.keras", "str"),
