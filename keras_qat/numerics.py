@@ -27,13 +27,9 @@ LARGEST_MULTIPLIER = 255.0
 
 
 def widen(low, high):
-    """Makes a range hold zero and have a width: `min(low, 0)`, `max(high, 0)`, at least `SMALLEST_SPAN` apart.
-
-    Of a tensor that is zero everywhere it is 0..1: with steps of next to nothing the ratio of its scale to others would
-    overflow in the kernels.
-    """
+    """Makes a range hold zero and have a width: `min(low, 0)`, `max(high, 0)`, at least `SMALLEST_SPAN` apart."""
     low, high = ops.minimum(low, 0.0), ops.maximum(high, 0.0)
-    return low, ops.maximum(high, ops.where(high > low, low + SMALLEST_SPAN, 1.0))
+    return low, ops.maximum(high, low + SMALLEST_SPAN)
 
 
 @traced_once

@@ -453,7 +453,9 @@ def _is_refusal(error) -> bool:
 
 
 _HERE = os.path.dirname(os.path.dirname(__file__))
-_PACKAGES = tuple(folder + os.sep for folder in (_HERE, *[os.path.dirname(one.__file__) for one in (keras, optree, tf)]))
+_PACKAGES = tuple(
+    folder + os.sep for folder in (_HERE, *[os.path.dirname(one.__file__) for one in (keras, optree, tf)])
+)
 
 
 def _line_of(error) -> str:

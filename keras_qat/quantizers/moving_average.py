@@ -101,7 +101,11 @@ def _moved(seen, x, row, nonnegative, momentum):
 
 @traced_once
 def _union(seen):
-    return ops.min(seen[:, 0]), ops.max(seen[:, 1])
+    """The range of all sites. Of tensors that are zero everywhere it is 0..1: with steps of next to nothing the ratio of
+    their scale to others would overflow in the kernels."""
+    low, high = ops.min(seen[:, 0]), ops.max(seen[:, 1])
+    is_zero = ops.logical_and(low == high, ops.max(seen[:, 2]) > 0)
+    return low, ops.where(is_zero, 1.0, high)
 
 
 @traced_once

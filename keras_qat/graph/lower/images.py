@@ -49,7 +49,8 @@ def _patches(operation, args, kwargs):
             x = ops.pad(x, [(0, 0), *[(more // 2, more - more // 2) for more in missing], (0, 0)])
         if strides == size and rates == (1, 1):
             (rows, columns), (height, width), channels = counts, size, x.shape[-1]
-            x = x[:, : rows * height, : columns * width]
+            if x.shape[1:3] != (rows * height, columns * width):
+                x = x[:, : rows * height, : columns * width]
             x = ops.transpose(ops.reshape(x, (-1, rows, height, columns, width, channels)), (0, 1, 3, 2, 4, 5))
             return ops.reshape(x, (-1, rows, columns, height * width * channels))
         pixels = itertools.product(*[range(0, span, rate) for span, rate in zip(reach, rates, strict=True)])

@@ -145,6 +145,8 @@ def _one_hot(operation, args, kwargs):
     if not is_index(args[0]) or args[0].dtype == "bool":
         return None
     table, axis = np.eye(operation.num_classes), operation.axis
+    if axis in (-1, len(args[0].shape)):
+        return lambda ids: ops.take(table, ids, axis=0)
     return lambda ids: ops.moveaxis(ops.take(table, ids, axis=0), -1, axis)
 
 
