@@ -346,8 +346,8 @@ class _Annotator:
     def _comes_from_another_grid(self, node, site) -> bool:
         if self.plan.kinds[id(node)] != "clamp" or id(node) in self.plan.fused:
             return False
-        shares = row_of_node(node).activation is not None and len(self.plan.groups[site.group]) > 1
-        return shares or isinstance(node.operation, Clamp)
+        others = [other for other in self.plan.groups[site.group] if other is not site and other.kind != "rounded"]
+        return isinstance(node.operation, Clamp) or (row_of_node(node).activation is not None and bool(others))
 
     def _scale_at(self, site: Site, x):
         """The scale of a site's grid, before its tensor is there."""

@@ -7,7 +7,6 @@ import re
 import traceback
 
 import keras
-import optree
 import tensorflow as tf
 from keras import ops, tree
 
@@ -431,16 +430,8 @@ def _problem(path, operation, reason) -> Problem:
 
 
 _PREPROCESSING = (
-    *(
-        "CategoryEncoding",
-        "Discretization",
-        "HashedCrossing",
-        "Hashing",
-        "IntegerLookup",
-        "MelSpectrogram",
-        "STFTSpectrogram",
-    ),
-    *("StringLookup", "TextVectorization"),
+    *("CategoryEncoding", "Discretization", "HashedCrossing", "Hashing", "IntegerLookup", "MelSpectrogram"),
+    *("STFTSpectrogram", "StringLookup", "TextVectorization"),
 )
 
 
@@ -453,15 +444,13 @@ def _is_refusal(error) -> bool:
 
 
 _HERE = os.path.dirname(os.path.dirname(__file__))
-_PACKAGES = tuple(
-    folder + os.sep for folder in (_HERE, *[os.path.dirname(one.__file__) for one in (keras, optree, tf)])
-)
+_PACKAGES = tuple(folder + os.sep for folder in (_HERE, os.path.dirname(keras.__file__), os.path.dirname(tf.__file__)))
 
 
 def _line_of(error) -> str:
     """The user's own line that raised an error."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith((*_PACKAGES, "<"))]
+    own = [frame for frame in frames if not frame.filename.startswith(_PACKAGES) and "optree" not in frame.filename]
     return f"{own[-1].line!r} (line {own[-1].lineno} of {own[-1].filename})" if own else "unknown"
 
 
