@@ -248,6 +248,22 @@ def test_a_weight_on_the_left_is_learned():
     assert np.mean((qat.predict(SERIES, verbose=0) - expected) ** 2) < 1e-3 * np.mean(expected**2)
 
 
+class HiddenToken(layers.Layer):
+    """A token in place of what is hidden, as masked autoencoders have."""
+
+    def build(self, input_shape):
+        self.token = self.add_weight(shape=(input_shape[-1],), initializer="random_normal")
+
+    def call(self, x):
+        return ops.where(np.arange(5)[:, None] % 2 == 0, x, self.token)
+
+
+def test_a_token_that_where_chooses_is_learned():
+    symbolic = keras.Input((5, 8))
+    qat = kq.quantize(keras.Model(symbolic, HiddenToken()(symbolic)))
+    assert len(qat.trainable_variables) == 1
+
+
 class Positions(layers.Layer):
     """An embedding of each place, as people write it: Keras runs it at once, on numbers that are no tensors of the model."""
 

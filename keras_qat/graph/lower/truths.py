@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_qat.graph.lower.weights import is_learned, penalties
 from keras_qat.graph.walk import MOVES, is_index, key_of
 from keras_qat.primitives import Constant
 from keras_qat.truths import COMPARISONS, CONNECTIVES, Comparison, Logic, Not, Number
@@ -31,8 +32,10 @@ def chosen(keep, one, other=0.0):
 
 
 def _constant(values) -> Constant:
-    values = np.asarray(values, "float32")
-    return Constant(values.reshape((1,) * max(1 - values.ndim, 0) + values.shape), name="constant")
+    """A number, an array or a weight: a token in place of what is hidden is learned."""
+    array = np.asarray(values, "float32")
+    shape = (1,) * max(1 - array.ndim, 0) + array.shape
+    return Constant(array.reshape(shape), trainable=is_learned(values), name="constant", **penalties(values))
 
 
 def counts(tensor) -> bool:
