@@ -7,6 +7,7 @@ depthwise convolution with a scale for each channel, and one op less; but Tensor
 import keras
 from keras import ops
 
+from keras_qat.primitives import Sum
 from keras_qat.replicas import agreed
 from tflite_export.program import unique_name
 
@@ -113,9 +114,7 @@ def multiplied_and_added(norm: keras.layers.BatchNormalization):
         multiplier = factor(x, **options)
         product = ops.multiply(x, multiplier)
         product._keras_history.operation.name = f"{names[-1]}.product"
-        result = ops.add(product, addend(x, multiplier, **options))
-        result._keras_history.operation.name = names[-1]
-        return result
+        return Sum(name=names[-1])(product, addend(x, multiplier, **options))
 
     return call
 

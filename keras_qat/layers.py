@@ -15,9 +15,7 @@ from keras_qat.quantizers import MaxAbs
 from keras_qat.replicas import agree_on_statistics
 from keras_qat.spec import Spec
 
-_grid_of_sum = tf.function(
-    numerics.grid_of_sum, autograph=False
-)  # one operation of TensorFlow's, where `freeze` asks for it
+_stretch_of_sums = tf.function(numerics.stretch_of_sums, autograph=False)  # one operation, where `freeze` asks for it
 _calibrating = contextvars.ContextVar("calibrating", default=False)
 
 
@@ -70,6 +68,8 @@ class FakeQuant(keras.layers.Layer):
         constant=1.0,
         count=1,
         terms=None,
+        signs=(),
+        stretch=None,
         training=None,
     ):
         """Rounds `x` to the grid.
@@ -80,20 +80,23 @@ class FakeQuant(keras.layers.Layer):
             observe: Whether it has a say in the range, while training.
             rounding: "half_up", or with ties "away" or "up" (see `numerics.with_ties_broken`), or "precise" for values of the
                 outside world (see `numerics.fake_quant`).
-            peek: Leave `x` alone and just tell the scale, before the tensor itself is there.
+            peek: Just tell the grid, before the tensor itself is there.
             factors: The scales of the tensors that the group's tensor is a product of; its range is then moved to where
                 all kernels round products alike.
             constant: The scale of a constant factor.
             count: How many values a mean is over (see `numerics.snap_to_kernels`).
-            terms: The scales of two tensors that the group's tensor is the sum of; at inference its range is moved to where
-                all kernels add alike.
+            terms: For both terms of each sum that is written to this grid what a peek at its own grid returned, or None
+                where that is this grid; at inference its range is moved to where all kernels add alike. (Peeks alone
+                take them, because that takes time.)
+            signs: For each sum 1, or -1 for a difference.
+            stretch: What such a peek returned.
 
         Returns:
-            The rounded tensor and the scale.
+            The rounded tensor and the scale; of a peek how much wider the range was made and the zero point, as one tensor,
+            and the scale.
         """
         if peek:
-            low, high, scale = numerics.grid(*self.quantizer.known_limits(), self.spec)
-            return x, scale if terms is None or training else numerics.grid_of_sum(low, high, self.spec, *terms)[2]
+            return self._peek(factors, constant, count, None if training else terms, signs)
         x = ops.cast(x, "float32")
         if _calibrating.get():
             if observe and self.quantizer.observes:
@@ -110,8 +113,9 @@ class FakeQuant(keras.layers.Layer):
             low, high, scale, quarter_step = self._snapped(low, high, factors, constant, count)
             if rounding == "half_up":  # not of what only shares the grid of products
                 x = x + quarter_step * ops.stop_gradient(ops.sign(x))
-        if terms is not None and not training:
-            low, high, scale = numerics.grid_of_sum(low, high, self.spec, *terms)
+        if stretch is not None and not training:
+            low, high = numerics.stretched(low, high, stretch[0])
+            scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
         if training and not self.in_training:
             return x, scale
         if rounding in ("away", "up"):
@@ -120,23 +124,40 @@ class FakeQuant(keras.layers.Layer):
         precise = rounding == "precise" and not training
         return numerics.fake_quant(x, low, high, self.spec, nonnegative, precise), scale
 
+    def _peek(self, factors, constant, count, terms, signs):
+        low, high, scale = numerics.grid(*self.quantizer.known_limits(), self.spec)
+        stretch = ops.ones(())
+        if factors is not None:
+            low, high, *_ = self._snapped(low, high, factors, constant, count)
+        if terms is not None:
+            grids = [ops.zeros((2,)) if term is None else ops.stack([term[1], term[0][1]]) for term in terms]
+            stretch = numerics.stretch_of_sums(
+                low, high, self.spec, tuple(signs), ops.reshape(ops.stack(grids), (-1, 2, 2))
+            )
+            low, high = numerics.stretched(low, high, stretch)
+        scale, zero_point = numerics.scale_and_zero_point(low, high, self.spec)
+        return ops.stack([stretch, ops.cast(zero_point, "float32")]), scale
+
     def _snapped(self, low, high, factors, constant, count):
         """See `numerics.snapped_grid`."""
         step = constant * math.prod(factors[1:], start=factors[0])
         return numerics.snapped_grid(low, high, self.spec, step, count)
 
-    def parameters(self, factors=None, constant=1.0, count=1, terms=None) -> tuple[float, int]:
-        """The scale and the zero point as the file gets them."""
+    def parameters(self, factors=None, constant=1.0, count=1, terms=None, signs=()) -> tuple[float, int]:
+        """The scale and the zero point as the file gets them. `terms` are scales and zero points, see `call`."""
         low, high = numerics.widen(*[np.float32(limit) for limit in self.quantizer.known_limits(np.float32(0))])
         if factors is not None:
             low, high, *_ = self._snapped(low, high, [np.float32(factor) for factor in factors], constant, count)
         if terms is not None:  # the search that inference makes, by the same operations
-            low, high, *terms = (ops.convert_to_tensor(value, "float32") for value in (low, high, *terms))
-            low, high = (np.float32(end) for end in _grid_of_sum(low, high, self.spec, *terms)[:2])
+            grids = np.reshape([(0.0, 0.0) if term is None else term for term in terms], (-1, 2, 2)).astype("float32")
+            searched = _stretch_of_sums(
+                *map(ops.convert_to_tensor, (low, high)), self.spec, tuple(signs), tf.constant(grids)
+            )
+            low, high = numerics.stretched(low, high, np.float32(searched))
         return numerics.scale_and_zero_point(low, high, self.spec)
 
-    def compute_output_spec(self, x, **kwargs):
-        return keras.KerasTensor(x.shape, "float32"), keras.KerasTensor((), "float32")
+    def compute_output_spec(self, x, peek=False, **kwargs):
+        return keras.KerasTensor((2,) if peek else x.shape, "float32"), keras.KerasTensor((), "float32")
 
     def get_config(self):
         return {

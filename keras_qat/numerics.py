@@ -89,50 +89,95 @@ def snapped_grid(low, high, spec: Spec, step, count: int = 1):
     return low, high, scale_and_zero_point(low, high, spec)[0], 0.25 * step * moved
 
 
-_STRETCHES = 1.0 + np.arange(2048) * 2.0**-20  # ranges to try for a sum
-_FINALISTS = 8
+_STRETCHES = 1.0 + np.arange(2048) * 2.0**-20  # ranges to try for sums
+_AT_ONCE, _ROUNDS = 8, 12  # how many of them are looked at in all their integers, and how often at most
+_UNSURE = 4e-6  # of a step: LiteRT's reference kernels and TFLM are as close to the exact sum as this
 
 
 @traced_once
-def grid_of_sum(low, high, spec: Spec, first, second):
-    """A range made wider by up to 0.2 %, to where all kernels add alike, whatever the integers.
+def stretch_of_sums(low, high, spec: Spec, signs: tuple[int, ...], terms):
+    """By how much to widen a range that sums are written to, so that all kernels add alike whatever the integers.
 
     XNNPACK has multipliers of 21 bits. On two of 65,536 pairs of integers that decides a tie otherwise than the exact sum
-    does (which the other kernels are within 2e-6 of a step of), and layers behind amplify it. The ranges come in eight
-    parts. Of each the one with the best multipliers is taken, and of these the one whose sums stay farthest from ties.
+    does, and layers behind amplify it. The ranges to try, up to 0.2 % wider, are ordered by how well such multipliers fit
+    all of the sums. The first one is taken on whose grid no pair of integers of any sum is added in two ways; if there is
+    none, the one with the fewest such pairs.
 
     Args:
         low, high: A range, widened; tensors.
         spec: The bits.
-        first, second: The scales of what is added.
+        signs: For each sum 1, or -1 for a difference.
+        terms: The scale and the zero point of both terms of each sum, of shape (sums, 2, 2). A scale of 0 stands for the
+            grid that is looked for: the term shares it.
 
     Returns:
-        `(low, high, scale)`.
+        What to give `stretched`.
     """
-    # In float64 for XLA, which would make one operation of a float32 product and the difference behind it.
-    lows, highs = (tf.cast(tf.cast(end, "float64") * _STRETCHES, "float32") for end in (low, high))
-    scales, _ = scale_and_zero_point(lows, highs, spec)
-    ratios = [tf.cast(scale, "float64") / tf.cast(scales, "float64") for scale in (first, second)]
-    largest = tf.bitcast(tf.maximum(*ratios), "int64")
+    scales, zeros = scale_and_zero_point(*stretched(low, high, _STRETCHES), spec)
+    scales, zeros = scales[:, None, None], tf.cast(zeros, "float64")[:, None, None]
+    given, given_zeros, shares = terms[..., 0], tf.cast(terms[..., 1], "float64"), terms[..., 0] == 0.0
+    ratios = tf.where(shares, np.float64(1), tf.cast(given, "float64") / tf.cast(scales, "float64"))
+    largest = tf.bitcast(tf.reduce_max(ratios, axis=2, keepdims=True), "int64")
     unit = tf.bitcast((largest // 2**52 - 20) * 2**52, "float64")  # 2^-20 of the power of two below it
-    rounded = [tf.round(tf.cast(scale / scales, "float64") / unit) * unit for scale in (first, second)]
-    error = 255.0 * sum(tf.abs(mine - ratio) for mine, ratio in zip(rounded, ratios, strict=True))
-    parts = tf.reshape(error, (_FINALISTS, -1))
-    index = tf.argmin(parts, axis=1) + np.arange(_FINALISTS) * parts.shape[1]
-    error, ratios = tf.gather(error, index), [tf.gather(ratio, index)[:, None] for ratio in ratios]
-    # Sums are at a tie where a·ratio of the one is what 0.5 - b·ratio of the other is behind the point.
-    one = tf.sort(_behind_the_point(np.arange(256.0) * ratios[0]), axis=1)
-    one = tf.concat([one[:, -1:] - 1.0, one, one[:, :1] + 1.0], axis=1)
-    other = _behind_the_point(0.5 - np.arange(-255.0, 256.0) * ratios[1])
-    place = tf.clip_by_value(tf.searchsorted(one, other), 1, 257)
-    below, above = (tf.gather(one, at, batch_dims=1) for at in (place - 1, place))
-    distance = tf.reduce_min(tf.minimum(other - below, above - other), axis=1)
-    best = tf.gather(index, tf.argmax(distance - error))
-    return tf.gather(lows, best), tf.gather(highs, best), tf.gather(scales, best)
+    rounded = tf.where(shares, np.float64(1), tf.cast(given / scales, "float64"))
+    rounded = tf.round(rounded / unit) * unit
+    order = tf.argsort(tf.reduce_max(tf.reduce_sum(tf.abs(rounded - ratios), axis=2), axis=1), stable=True)
+    turns = tf.reshape(order[: _AT_ONCE * _ROUNDS], (_ROUNDS, _AT_ONCE))
+    signs = np.array([[1.0, sign] for sign in signs])
+
+    def look(turn, best, fewest):
+        tried = tf.gather(turns, turn)
+        zero_points = tf.where(shares, tf.gather(zeros, tried), given_zeros)
+        counts = _added_in_two_ways(signs * tf.gather(ratios, tried), signs * tf.gather(rounded, tried), zero_points)
+        here = tf.reduce_min(counts)
+        best = tf.where(here < fewest, tf.gather(tried, tf.argmin(counts)), best)
+        return turn + 1, best, tf.minimum(here, fewest)
+
+    begin = tf.constant(0), order[0], tf.constant(2**30)
+    _, best, _ = tf.while_loop(lambda turn, _, fewest: (turn < _ROUNDS) & (fewest > 0), look, begin)
+    return tf.cast(tf.gather(_STRETCHES, best), "float32")
+
+
+def _added_in_two_ways(ratios, rounded, zero_points):
+    """How many pairs of integers come to another sum by rounded ratios, or so close to a tie that kernels differ.
+
+    Only the two first terms next to a tie are looked at for each second one.
+
+    Args:
+        ratios: Of the scales of both terms to that of the sum, of shape (tries, sums, 2).
+        rounded: The same as a kernel has them.
+        zero_points: Of the terms.
+
+    Returns:
+        A number for each try.
+    """
+    tries = tf.shape(ratios)[0]
+    ratios, rounded, zero_points = (tf.reshape(x, (-1, 2, 1)) for x in (ratios, rounded, zero_points))
+    integers = np.arange(-128.0, 128.0) - zero_points
+    exact, inexact = ratios * integers, rounded * integers
+    # A sum is at a tie where the one term is what the other lacks of half a step, behind the point.
+    place_of_tie = _behind_the_point(0.5 - exact[:, 1])
+    behind = _behind_the_point(exact[:, 0])
+    ranks = tf.argsort(behind, axis=1)
+    above = tf.searchsorted(tf.gather(behind, ranks, batch_dims=1), place_of_tie)
+    found = tf.zeros(tf.shape(place_of_tie), "int32")
+    for neighbour in (above, above - 1):
+        first = tf.gather(ranks, neighbour % 256, batch_dims=1)
+        true, theirs = (tf.gather(terms[:, 0], first, batch_dims=1) + terms[:, 1] + 0.5 for terms in (exact, inexact))
+        is_close = tf.abs(true - tf.round(true)) < _UNSURE
+        found += tf.cast(is_close | (tf.floor(true) != tf.floor(theirs)), "int32")
+    return tf.reduce_sum(tf.reshape(found, (tries, -1)), axis=1)
 
 
 def _behind_the_point(x):
     return x - tf.floor(x)
+
+
+def stretched(low, high, stretch):
+    """A range, made wider."""
+    # In float64 for XLA, which would make one operation of a float32 product and the difference behind it.
+    stretch = ops.cast(stretch, "float64")
+    return tuple(ops.cast(ops.cast(end, "float64") * stretch, "float32") for end in (low, high))
 
 
 def fake_quant(x, low, high, spec: Spec, nonnegative: bool = False, precise: bool = False):

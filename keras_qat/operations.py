@@ -44,8 +44,7 @@ class Row:
         limits: The prescribed range of a "fixed" row.
         refuses: `node -> (reason, way out)` for the configurations that TFLite cannot express, else None.
         factors: `(node, scales of its inputs) -> {"factors": scales, ...}`, whose product is the scale of the op's
-            accumulator, or `{"terms": scales}`, for an op whose range can be moved so that all kernels round alike (see
-            `FakeQuant.call`).
+            accumulator, for an op whose range can be moved so that all kernels round alike (see `FakeQuant.call`).
         bits: Of the result, where they are more than those of what it reads.
         ties: Of a "rounded" row, `node -> which way its kernel rounds ties`: "away" from the integer zero, or "up".
         activation: What a "clamp" is as the fused activation of the op in front of it; None where the grid does it all.
@@ -89,7 +88,7 @@ def _batch_norm(node):
 def _softmax(node):
     axis, rank = node.operation.axis, len(node.input_tensors[0].shape)
     if not isinstance(axis, int) or axis % rank != rank - 1:
-        return f"TFLite's SOFTMAX works on the last axis; this one has axis={axis}.", "Permute the axis to the end."
+        return f"TFLite's SOFTMAX works on axes of a sample; this one has axis={axis}.", "Name another axis."
     return None
 
 
@@ -114,10 +113,6 @@ def _slices(node):
 
 def _both_inputs(node, scales):
     return {"factors": scales}
-
-
-def _both_terms(node, scales):
-    return {"terms": scales}
 
 
 def _mean_factors(node, scales):
@@ -220,12 +215,6 @@ def _keeps_batch(node):
     return None
 
 
-def _pads(node):
-    if getattr(node.operation, "mode", "constant") != "constant":
-        return f"It pads with mode={node.operation.mode!r}.", "Pad with zeros (mode='constant')."
-    return _channels_last(node)
-
-
 def _pad_range(node):
     return "same" if shapes.pad_value(node) == 0 else "rounded"
 
@@ -287,7 +276,7 @@ _MAX_POOL = Row("MAX_POOL_2D", "same", pooling.max_pool, **_POOL)
 _AVERAGE_POOL = Row("AVERAGE_POOL_2D", "rounded", pooling.average_pool, **_POOL)
 _GLOBAL_MAX_POOL = Row("REDUCE_MAX", "same", pooling.largest, **_POOL)
 _GLOBAL_AVERAGE_POOL = Row("MEAN / AVERAGE_POOL_2D", _mean_range, _global_average, factors=_mean_factors, **_POOL)
-_PAD = Row("PAD", _pad_range, shapes.pad, refuses=_pads)
+_PAD = Row("PAD, PADV2 or MIRROR_PAD", _pad_range, shapes.pad, refuses=_channels_last)
 _RESIZE = dict(op="RESIZE_BILINEAR / RESIZE_NEAREST_NEIGHBOR", range=_upsampling_range, emit=resizing.resize)
 _UPSAMPLING = Row(**_RESIZE, refuses=_upsamples)
 _RESHAPE = Row("RESHAPE", emit=shapes.reshape, **_MOVES)
@@ -313,7 +302,7 @@ OPERATIONS: dict[str, Row] = {
     # arithmetic
     "ops.Add": Row("ADD", "own", arithmetic.add, fuses=True, refuses=_two_tensors),
     "ops.Subtract": Row("SUB", "own", arithmetic.subtract, fuses=True, refuses=_two_tensors),
-    "Sum": Row("ADD / SUB", "own", arithmetic.sum_of_two, fuses=True, factors=_both_terms),
+    "Sum": Row("ADD / SUB", "own", arithmetic.sum_of_two, fuses=True),
     "ops.Multiply": Row("MUL", "own", arithmetic.multiply, fuses=True, refuses=_two_tensors, factors=_both_inputs),
     "ops.Maximum": Row("MAXIMUM", "same", arithmetic.maximum, refuses=_two_tensors),
     "ops.Minimum": Row("MINIMUM", "same", arithmetic.minimum, refuses=_two_tensors),

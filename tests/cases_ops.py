@@ -12,6 +12,27 @@ def _positive(x):
     return ops.square(x) + 0.3
 
 
+def _conv(x):
+    return layers.Conv2D(8, 3, padding="same")(x)
+
+
+def _joined_sums(x):
+    """Four on one grid, which two of their terms are on as well."""
+    x = _conv(x)
+    first = layers.AveragePooling2D(3, 1, "same")(x) + _conv(x)
+    second = _conv(first) - x
+    third = _conv(second) - _conv(x)
+    return layers.Concatenate()([x, first, second, third, _conv(x) + third])
+
+
+def _sums_in_a_circle(x):
+    """The grid of the first sum depends on that of its first term, and that one's on it."""
+    term = _conv(x)
+    one = term + _conv(x)
+    other = layers.Multiply()([one, _conv(x)]) + _conv(x)
+    return layers.Concatenate()([term, one * 0.5 + other])
+
+
 FUNCTIONS = [
     Case(name, lambda x, f=f: f(x), (SERIES,))
     for name, f in {
@@ -51,6 +72,8 @@ ARITHMETIC = [
     Case("clip_of_a_dense", lambda x: ops.clip(layers.Dense(8)(x), -1.0, 1.5), (SERIES,)),
     Case("clip_above_zero", lambda x: ops.clip(x, 0.5, 1), (SERIES,)),
     Case("maximum_of_a_number", lambda x: ops.maximum(x, -0.5), (SERIES,)),
+    Case("joined_sums", _joined_sums, exact=True),
+    Case("sums_in_a_circle", _sums_in_a_circle, exact=True),
     Case("divide", lambda x, y: x / (ops.abs(y) + 1.0), (SERIES, SERIES)),
     Case("plus_array", lambda x: x + _TABLE, (SERIES,)),
     Case("minus_array", lambda x: ops.subtract(_TABLE, x), (SERIES,)),
@@ -99,6 +122,7 @@ MOVES = [
     Case("roll", lambda x: ops.roll(x, 3, 1), (SERIES,)),
     Case("swapaxes", lambda x: ops.swapaxes(x, 1, 2), (SERIES,)),
     Case("moveaxis", lambda x: ops.moveaxis(x, 1, -1)),
+    Case("softmax_of_rows_and_columns", lambda x: layers.Softmax(axis=(1, 2))(x)),
     Case("softmax_of_steps", lambda x: layers.Softmax(axis=1)(x), (SERIES,)),
     Case("repeat_vector", lambda x: layers.RepeatVector(4)(x), (VECTOR,)),
     Case("expand_and_squeeze", lambda x: ops.squeeze(ops.expand_dims(x, 2) * 2.0, 2), (SERIES,)),
@@ -114,6 +138,8 @@ MOVES = [
         "crop_from_behind",
         lambda x: ops.image.crop_images(x, bottom_cropping=1, right_cropping=2, target_height=5, target_width=4),
     ),
+    Case("pad_reflect", lambda x: ops.pad(x, ((0, 0), (1, 2), (0, 3), (0, 0)), "reflect")),
+    Case("pad_symmetric", lambda x: ops.pad(x, ((0, 0), (2, 1), (0, 0)), "symmetric"), (SERIES,)),
     Case("pad_images", lambda x: ops.image.pad_images(x, 1, 2, target_height=16, target_width=17)),
     Case("difference", lambda x: ops.diff(x, 2, 1), (SERIES,)),
     Case("triangles", lambda x: ops.triu(x, 1) + ops.tril(x), ((7, 7),)),
@@ -156,12 +182,15 @@ LAYERS = [
     Case("prelu", lambda x: layers.PReLU("uniform")(x), (SERIES,)),
     Case("prelu_shared", lambda x: layers.PReLU("uniform", shared_axes=[1, 2])(layers.Conv2D(4, 3)(x))),
     Case("glu", lambda x: ops.glu(x), (SERIES,)),
+    Case("batch_norm_of_steps", lambda x: layers.BatchNormalization(axis=1)(x), (SERIES,)),
     Case("conv1d_transposed", lambda x: layers.Conv1DTranspose(5, 3, 2, "same", activation="relu")(x), (SERIES,), True),
     Case("depthwise1d", lambda x: layers.DepthwiseConv1D(3)(x), (SERIES,), True),
     Case("conv3d", lambda x: layers.Conv3D(5, 3, activation="relu")(x), (_VOLUME,), True),
     Case("conv3d_same_strided", lambda x: layers.Conv3D(5, (2, 3, 3), 2, "same")(x), (_VOLUME,), True),
     Case("max_pool_3d", lambda x: layers.MaxPooling3D(2)(x), (_VOLUME,)),
     Case("max_pool_3d_same", lambda x: layers.MaxPooling3D(3, 2, "same")(x), (_VOLUME,)),
+    Case("conv3d_dilated", lambda x: layers.Conv3D(5, 3, padding="same", dilation_rate=2)(x), (_VOLUME,), True),
+    Case("average_pool_3d_same", lambda x: layers.AveragePooling3D(3, 2, "same")(x), (_VOLUME,)),
     Case("average_pool_3d", lambda x: layers.AveragePooling3D(2)(x), (_VOLUME,)),
     Case("global_average_3d", lambda x: layers.GlobalAveragePooling3D()(x), (_VOLUME,)),
     Case("global_max_3d", lambda x: layers.GlobalMaxPooling3D()(x), (_VOLUME,)),

@@ -57,7 +57,10 @@ class Plan:
         fused: Ids of the nodes whose activation is fused into the op in front.
         behind: Tensor id → the site of the activation that is fused behind it.
         groups: The sites of each group.
-        products: The groups whose range can be moved to where all kernels round products, or sums, alike.
+        products: The groups whose range can be moved to where all kernels round products alike: a node that writes one, and
+            the groups that it reads.
+        sums: The groups whose range can be moved to where all kernels add alike: for each sum its sign and the groups of
+            its terms.
     """
 
     kinds: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -67,7 +70,8 @@ class Plan:
     fused: set[int] = dataclasses.field(default_factory=set)
     behind: dict[int, Site] = dataclasses.field(default_factory=dict)
     groups: list[list[Site]] = dataclasses.field(default_factory=list)
-    products: set[int] = dataclasses.field(default_factory=set)
+    products: dict[int, tuple[object, list[int]]] = dataclasses.field(default_factory=dict)
+    sums: dict[int, list[tuple[int, int, int]]] = dataclasses.field(default_factory=dict)
 
 
 def row_of_node(node):
@@ -195,7 +199,14 @@ def plan(model: Graph, input_ranges: dict[str, Limits]) -> Plan:
         )
     read_on_one_grid = {key for node in flow.nodes if flow.kinds[id(node)] in _SHARING for key in flow.sources(node)}
     _form_groups(result, lambda key: groups.find(result.roots[key]), read_on_one_grid)
-    result.products = _groups_of_products(result, flow, groups)
+    group_of = {groups.find(id(flow.root[key])): site.group for key, site in result.sites.items()}
+    group_of.update({key: site.group for key, site in result.sites.items()})
+    sources = {
+        id(node): [group_of.get(key, group_of.get(groups.find(key))) for key in flow.sources(node)]
+        for node in flow.nodes
+    }
+    result.products = _groups_of_products(result, flow, sources)
+    result.sums = _without_circles(_groups_of_sums(result, flow, sources), result.products)
     return result
 
 
@@ -239,45 +250,61 @@ def _form_groups(result: Plan, leader_of, read_on_one_grid: set[int]) -> None:
         _add_group(result, sites)
 
 
-def _groups_of_products(result: Plan, flow: _Flow, groups: _Groups) -> set[int]:
-    """The groups whose tensors are all products, or sums, of tensors on the same grids."""
-    grids = {groups.find(id(flow.root[key])): _grid_of(site) for key, site in result.sites.items()}
-    grids.update({key: _grid_of(site) for key, site in result.sites.items()})
-    factors_of: dict[int, set] = {}
+def _groups_of_products(result: Plan, flow: _Flow, sources: dict[int, list]) -> dict[int, tuple]:
+    """The groups whose tensors are all products of tensors on the same grids."""
+    limits = {site.group: site.limits for sites in result.groups for site in _finding(sites)}
+    found: dict[int, dict[str, tuple]] = {}
     for node in flow.nodes:
-        site = result.sites.get(id(node.outputs[0]))
-        if flow.kinds[id(node)] == "constant" and site is not None and site.group in factors_of:
+        behind = result.behind.get(id(node.outputs[0]))
+        site = behind or result.sites.get(id(node.outputs[0]))
+        if flow.kinds[id(node)] == "constant" and site is not None and site.group in found:
             continue  # it comes to the grid of the products before it
-        if site is not None and site.kind == "observed" and id(node) not in result.fused:
-            sources = [grids.get(key, grids.get(groups.find(key))) for key in flow.sources(node)]
-            factors_of.setdefault(site.group, set()).add(repr(row_of_node(node).factors(node, sources)))
-    for source, site in result.behind.items():
-        factors_of.setdefault(site.group, set()).add(
-            repr(
-                row_of_node(flow.producers[source]).factors(
-                    flow.producers[source], flow.sources(flow.producers[source])
-                )
-            )
-        )
+        if behind or (site is not None and site.kind == "observed" and id(node) not in result.fused):
+            grids = [limits.get(group) or group for group in sources[id(node)]]
+            factors = repr(row_of_node(node).factors(node, grids))
+            found.setdefault(site.group, {})[factors] = node, sources[id(node)]
     for tensor in flow.model.inputs:
         site = result.sites.get(id(flow.behind_augmentation(tensor)))
         if site is not None:
-            factors_of.setdefault(site.group, set()).add("None")
-    found = {group for group, factors in factors_of.items() if len(factors) == 1 and "None" not in factors}
-    return found - _sums_of_vectors(result, flow)
+            found.setdefault(site.group, {})["None"] = ()
+    return {group: next(iter(of.values())) for group, of in found.items() if len(of) == 1 and "None" not in of}
 
 
-def _sums_of_vectors(result: Plan, flow: _Flow) -> set[int]:
-    """The groups of sums of vectors where they are many: an unrolled recurrent layer has hundreds, and each range takes time
-    to move."""
-    nodes = [node for node in flow.nodes if key_of(node.operation) == "Sum" and len(node.outputs[0].shape) < 3]
-    sites = [result.sites.get(id(node.outputs[0])) or result.behind.get(id(node.outputs[0])) for node in nodes]
-    return {site.group for site in sites if site is not None} if len(nodes) > _FEW_SUMS else set()
+def _groups_of_sums(result: Plan, flow: _Flow, sources: dict[int, list]) -> dict[int, list[tuple[int, int, int]]]:
+    """The sums of each group whose range may be made wider. Not of vectors where they are many: an unrolled recurrent layer
+    has hundreds, and each range takes time to move."""
+    sums = [node for node in flow.nodes if key_of(node.operation) == "Sum"]
+    vectors = [node for node in sums if len(node.outputs[0].shape) < 3]
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    for node in sums:
+        terms = sources[id(node)]
+        site = result.behind.get(id(node.outputs[0])) or result.sites.get(id(node.outputs[0]))
+        is_one_of_many = len(node.outputs[0].shape) < 3 and len(vectors) > _FEW_SUMS
+        can_be_wider = all(one.kind != "fixed" and one.bits == 8 for one in result.groups[site.group])
+        if can_be_wider and not is_one_of_many and None not in terms:
+            added = (node.operation.sign, *terms)
+            if added not in found.setdefault(site.group, []):
+                found[site.group].append(added)
+    return {group: added for group, added in found.items() if group not in result.products}
 
 
-def _grid_of(site: Site):
-    """What tells its grid from others: the range where that is known beforehand, else the group."""
-    return site.limits or site.group
+def _without_circles(sums: dict[int, list[tuple[int, int, int]]], products: dict[int, tuple]) -> dict[int, list]:
+    """`sums` without those whose terms' grids depend on that of the sum (they may be on the same grid)."""
+    kept: dict[int, list] = {}
+    is_known: dict[int, bool] = {}  # group → its grid can be known beforehand; False while that is being looked at
+
+    def can_be_known(group) -> bool:
+        if group not in is_known:
+            is_known[group] = False
+            added = [one for one in sums.get(group, ()) if all([x == group or can_be_known(x) for x in one[1:]])]
+            if added:
+                kept[group] = added
+            is_known[group] = all([can_be_known(x) for x in products[group][1]]) if group in products else True
+        return is_known[group]
+
+    for group in sums:
+        can_be_known(group)
+    return kept
 
 
 def _finding(sites: list[Site]) -> list[Site]:
@@ -307,7 +334,8 @@ class _Annotator:
         self.reused = Reused()
         self.scale_of: dict[int, object] = {}  # id of a new tensor → the scale of its grid
         self.seconds: dict[int, object] = {}  # a root's id → its value on the grid of its second site
-        self.products: dict[int, dict] = {}  # group → what its tensor is a product or a sum of
+        self.options: dict[int, dict] = {}  # group → what its range is moved by
+        self.grids: dict[int, tuple] = {}  # group → what a peek at its grid returns
 
     def rebuilt(self, model: Graph) -> Graph:
         inputs = fresh_inputs(model)
@@ -322,9 +350,8 @@ class _Annotator:
         sources = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor) and not is_index(x)]
         scales = [self.scale_of.get(id(x)) for x in sources]
         site = self.plan.behind.get(id(node.outputs[0])) or self.plan.sites.get(id(node.outputs[0]))
-        product = row_of_node(node).factors(node, scales)
-        if product is not None and site.group in self.plan.products:
-            self.products.setdefault(site.group, product)
+        if site is not None and site.group in self.plan.products and site.group not in self.options:
+            self.options[site.group] = row_of_node(node).factors(node, scales)
         if self._comes_from_another_grid(node, site):
             # A Clamp's grid ends where it does, but calibration and the time before quantization know no grids. RELU rounds
             # twice where its result has the longer steps, which happens where others share its grid.
@@ -351,8 +378,23 @@ class _Annotator:
 
     def _scale_at(self, site: Site, x):
         """The scale of a site's grid, before its tensor is there."""
-        terms = {key: value for key, value in self.products.get(site.group, {}).items() if key == "terms"}
-        return self._fake_quant(site, x, {"peek": True, **terms})[1]
+        if site.group in self.plan.sums:
+            return self._grid(site.group, x)[1]
+        return self._fake_quant(site.group, x, {"peek": True})[1]
+
+    def _grid(self, group: int, x):
+        """What inference can know of a group's grid before any of its tensors is there (see `FakeQuant.call`)."""
+        if group not in self.grids:
+            options = {}
+            if group in self.plan.products:
+                node, sources = self.plan.products[group]
+                options = row_of_node(node).factors(node, [self._grid(source, x)[1] for source in sources])
+            elif group in self.plan.sums:
+                sums = self.plan.sums[group]
+                terms = [None if term == group else self._grid(term, x) for _, *both in sums for term in both]
+                options = {"terms": terms, "signs": tuple(sign for sign, *_ in sums)}
+            self.grids[group] = self._fake_quant(group, x, {"peek": True, **options})
+        return self.grids[group]
 
     def _behind(self, old, new):
         """The new tensor, on its grid if the plan wants one there."""
@@ -363,17 +405,19 @@ class _Annotator:
         options = {"observe": False, "rounding": site.rounding} if site.kind == "rounded" else {}
         if id(tensor) in self.given:
             options["rounding"] = "precise"
-        options = {**options, **self.products.get(site.group, {})}
-        value, scale = self._fake_quant(site, tensor, options)
+        options = {**options, **self.options.get(site.group, {})}
+        if site.group in self.plan.sums:
+            options["stretch"] = self._grid(site.group, tensor)[0]
+        value, scale = self._fake_quant(site.group, tensor, {"site": site.index, **options})
         self.scale_of[id(value)] = scale
         return value
 
-    def _fake_quant(self, site: Site, x, options):
-        """Calls the layer that finds the site's range: the value on its grid, and the grid's scale."""
-        layer = self.fake_quants[site.group]
+    def _fake_quant(self, group: int, x, options):
+        """Calls the layer that finds a group's range: the value on its grid, and the grid's scale."""
+        layer = self.fake_quants[group]
         if not layer.built:
             layer.build(x.shape)
-        return connect(layer, (x,), {"site": site.index, **options}, layer.compute_output_spec(x))
+        return connect(layer, (x,), options, layer.compute_output_spec(x, **options))
 
     def _moved(self, node, args, kwargs):
         """The arguments, those of another grid brought to that of the node's group."""

@@ -82,13 +82,16 @@ class _Pending:
     shape: tuple = ()
 
 
+_OF_A_GRID = ("factors", "constant", "count", "terms", "signs")  # arguments of a FakeQuant's call that move its range
+
+
 class _Freezer:
     """Walks through a QAT model. `values` maps tensor ids to names of integer tensors, or to what is still pending."""
 
     def __init__(self, program: Program, portable: bool, rows: dict[int, Fraction]):
         self.program, self.portable, self.rows = program, portable, rows
         self.values: dict[int, object] = {}
-        self.products: dict[FakeQuant, dict] = {}
+        self.grids: dict[FakeQuant, tuple[float, int]] = {}
         self.floats: dict[str, str] = {}  # integer tensor → its DEQUANTIZE
 
     def shape(self, tensor) -> tuple[int, ...]:
@@ -170,7 +173,7 @@ class _Freezer:
 
     def _on_grid(self, node) -> None:
         """A FakeQuant: whatever is pending in front of it is written to a tensor of its grid."""
-        scale, zero_point = node.operation.parameters(**self._product(node))
+        scale, zero_point = self._grid_of(node)
         value, like = self.values[id(node.input_tensors[0])], node.input_tensors[0]
         shape = self.shape(like)
         name = value.name if isinstance(value, _Pending) else f"{value}/integers"
@@ -184,15 +187,19 @@ class _Freezer:
             self._emit(value.node, value.inputs, tensor, value.activation)
         self.values[id(node.outputs[0])] = tensor
 
-    def _product(self, node) -> dict:
-        """What a tensor is a product or a sum of (see `FakeQuant.call`), the scales read off the tensors already written."""
-        if not {"factors", "terms"} & set(node.arguments.kwargs):
-            return {}
-        if node.operation not in self.products:
-            product = self.values[id(node.input_tensors[0])]
-            scales = [self.program.tensors[name].scale[0] for name in product.inputs]
-            self.products[node.operation] = row_of_node(product.node).factors(product.node, scales)
-        return self.products[node.operation]
+    def _grid_of(self, node) -> tuple[float, int]:
+        """The scale and the zero point of a FakeQuant's grid, which may depend on those of others."""
+        if node.operation not in self.grids:
+            options = dict(node.arguments.kwargs)
+            if options.get("stretch") is not None:
+                options = _node_of(options["stretch"]).arguments.kwargs
+            options = {key: value for key, value in options.items() if key in _OF_A_GRID}
+            if options.get("factors") is not None:
+                options["factors"] = [self._grid_of(_node_of(scale))[0] for scale in options["factors"]]
+            if options.get("terms") is not None:
+                options["terms"] = [term and self._grid_of(_node_of(term[1])) for term in options["terms"]]
+            self.grids[node.operation] = node.operation.parameters(**options)
+        return self.grids[node.operation]
 
     def _like_input(self, node, sources: list[str]) -> str:
         """An operation that only moves values: its result is on the grid of its input."""
@@ -215,6 +222,12 @@ class _Freezer:
             _require_finite(operation, weights)
             operation = getattr(operation, "layer", operation)
         row_of_node(node).emit(Call(self.program, operation, node, inputs, output, activation, weights, self.portable))
+
+
+def _node_of(tensor):
+    """The call that made it."""
+    operation, index, _ = tensor._keras_history
+    return operation._inbound_nodes[index]
 
 
 def _require_finite(layer, weights) -> None:

@@ -123,7 +123,7 @@ def test_a_norm_that_is_more_than_its_averages_stays_one_op():
 
 def test_explain_shows_both_ops():
     rows = {row.layer: row.integer_op for row in kq.explain(net()).rows}
-    assert rows["norm/product"] == "MUL" and rows["norm"] == "ADD"
+    assert rows["norm/product"] == "MUL" and rows["norm"] == "ADD / SUB"
 
 
 def test_frozen_layers_stay_frozen():

@@ -249,25 +249,41 @@ def sum_cases() -> list:
     return cases
 
 
-def moved_for_sums(grid, *terms) -> tuple[float, int]:
-    """The grid that a FakeQuant behind a sum of such terms makes of one."""
+def moved_for_sums(grid, sign, *sums) -> tuple[float, int]:
+    """The grid that a FakeQuant makes of one where such pairs of terms are added; None stands for a term on that grid."""
     ends = [(tf.constant(integer - grid[1], "float32")) * grid[0] for integer in (-128, 127)]
-    low, high, scale = numerics.grid_of_sum(*ends, Spec(), *map(tf.constant, terms))
+    terms = tf.constant([[term or (0.0, 0.0) for term in both] for both in sums], "float32")
+    low, high = numerics.stretched(*ends, numerics.stretch_of_sums(*ends, Spec(), (sign,) * len(sums), terms))
+    scale, zero_point = numerics.scale_and_zero_point(np.float32(low), np.float32(high), Spec())
     assert 1 - 1e-6 < scale / grid[0] < 1.0021
-    return float(scale), numerics.scale_and_zero_point(np.float32(low), np.float32(high), Spec())[1]
+    return float(scale), zero_point
 
 
 @each_runtime
 @pytest.mark.parametrize("kind, sign", [("ADD", 1), ("SUB", -1)])
-@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("moved", ["each", "four on one grid", "no"])
 def test_sums_are_the_kernels(runtime, kind, sign, moved):
     """All pairs of integers. (XNNPACK's multipliers have 21 bits: a few in a million are on the other side of a tie, but
     not where the range is moved.)
     """
     ops, expected, layer = OpsInParallel(), [], Sum(sign)
     pairs = [numbers.ravel() for numbers in np.meshgrid(ALL_INT8, ALL_INT8)]
-    for first, second, output in sum_cases():
-        output = moved_for_sums(output, first[0], second[0]) if moved else output
+    cases = sum_cases()
+    if moved == "each":
+        cases = [(*both, moved_for_sums(output, sign, both)) for *both, output in cases]
+    elif moved != "no":  # in each four the first term of the last sum is on the grid of the sums
+        fours = [cases[index : index + 4] for index in range(0, len(cases), 4)]
+        sums = [[both for *both, _ in four[:3]] + [(None, four[3][1])] for four in fours]
+        outputs = [
+            moved_for_sums(max(output for *_, output in four), sign, *both)
+            for four, both in zip(fours, sums, strict=True)
+        ]
+        cases = [
+            (first or output, second, output)
+            for four, output in zip(sums, outputs, strict=True)
+            for first, second in four
+        ]
+    for first, second, output in cases:
         constant = Tensor("term", (1, 65536), "int8", (second[0],), second[1], data=pairs[1][None])
         ops.add(kind, pairs[0], first, (65536,), output, [constant])
         scales = [tf.constant(grid[0]) for grid in (first, second, output)]
@@ -275,7 +291,7 @@ def test_sums_are_the_kernels(runtime, kind, sign, moved):
         real = np.asarray(layer(*terms, *scales)) / np.float32(output[0])
         expected.append(np.clip(np.round(real) + output[1], -128, 127).astype(int))
     found = differing(ops.run(runtime), expected)
-    if moved:
+    if moved != "no":
         assert not found
     elif runtime == "xnnpack":
         assert sum(count for count, _ in found.values()) <= 3e-5 * 65536 * len(expected)

@@ -1,6 +1,7 @@
 """Ops that put values elsewhere."""
 
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 
 from keras_qat.graph.emit.call import Call
 from keras_qat.graph.rows import batch_axis
@@ -36,8 +37,15 @@ def _paddings(node) -> list[list[int]]:
     return [[0, 0], *[list(pair) for pair in middle], [0, 0]]
 
 
+# A mode of ops.pad → TFLite's
+_MIRRORS = {"reflect": schema.MirrorPadMode.REFLECT, "symmetric": schema.MirrorPadMode.SYMMETRIC}
+
+
 def pad(call: Call) -> None:
     paddings = call.constant("paddings", _paddings(call.node), "int32")
+    mode = getattr(call.operation, "mode", "constant")
+    if mode in _MIRRORS:
+        return call.op("MIRROR_PAD", [call.inputs[0], paddings], call.output, mode=_MIRRORS[mode])
     value = pad_value(call.node)
     if value == 0:
         return call.op("PAD", [call.inputs[0], paddings], call.output)

@@ -133,16 +133,26 @@ def _not(keep):
 
 
 def _softmax_layer(layer, args, kwargs):
-    """With a mask; over several axes at once as over one that holds them all."""
+    """With a mask; over several axes at once as over one that holds them all, the last one."""
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
 
     def softmax(inputs, mask=None):
         rank = len(inputs.shape)
-        first = min(axis % rank for axis in axes)
-        if sorted(axis % rank for axis in axes) != list(range(first, rank)):
-            if len(axes) > 1 or mask is not None:
-                raise ValueError(f"Expected the last axes. Received: axis={layer.axis} of {rank}.")
-            return ops.softmax(inputs, axis=axes[0])
+        behind = sorted(axis % rank for axis in axes)
+        order = [axis for axis in range(rank) if axis not in behind] + behind
+        if order == list(range(rank)):
+            return softmax_of_last(inputs, mask)
+        if is_computed(mask):
+            raise ValueError(
+                f"It masks axes that are not the last ones, {layer.axis} of {rank}. Expected: a constant mask."
+            )
+        if mask is not None:
+            mask = np.transpose(np.broadcast_to(np.asarray(mask, bool), (1, *inputs.shape[1:])), order)
+        return transposed(softmax_of_last(transposed(inputs, order), mask), np.argsort(order).tolist())
+
+    def softmax_of_last(inputs, mask):
+        rank = len(inputs.shape)
+        first = rank - len(axes)
         if is_computed(mask) and first != rank - 1:
             raise ValueError(f"It masks several axes at once, {layer.axis}. Expected: a constant mask, or one axis.")
         if mask is not None and not is_computed(mask):

@@ -9,7 +9,7 @@ from keras import ops
 from keras_qat.compounds import InverseRoot
 from keras_qat.graph.lower.moves import reshaped, transposed
 from keras_qat.graph.lower.weights import dense_of, is_learned, penalties
-from keras_qat.graph.walk import clone
+from keras_qat.graph.walk import clone, config_of
 from keras_qat.layers import ChannelScale
 from keras_qat.primitives import Constant
 
@@ -116,6 +116,26 @@ def _affine(gamma, beta, trainable, name):
     return lambda y: y + constant(y)
 
 
+def _batch_norm(layer, args, kwargs):
+    """Along another axis than the last: moved there and back."""
+    rank = len(args[0].shape)
+    axis = layer.axis % rank
+    if axis == rank - 1:
+        return None
+    order = list(range(rank))
+    order[axis], order[-1] = order[-1], order[axis]
+    norm = type(layer).from_config({**config_of(layer), "axis": -1, "dtype": "float32"})
+    norm.trainable = layer.trainable
+    norm.build([args[0].shape[axis] for axis in order])
+    for mine, weight in zip(norm.weights, layer.weights, strict=True):
+        mine.assign(weight)
+
+    def normalize(inputs, training=None, mask=None):
+        return transposed(norm(transposed(inputs, order), training=training), order)
+
+    return normalize
+
+
 def _group_norm(layer, args, kwargs):
     """Means over the image first, then over the channels of each group, written back to all of them."""
     rank = len(args[0].shape)
@@ -201,6 +221,7 @@ class UnitSpectralNorm(keras.constraints.Constraint):
 
 
 RULES = {
+    "BatchNormalization": _batch_norm,
     "GroupNormalization": _group_norm,
     "LayerNormalization": _layer_norm,
     "RMSNormalization": _rms_norm,

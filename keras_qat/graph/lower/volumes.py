@@ -23,8 +23,7 @@ def _windows(size: int, window: int, stride: int, padding: str) -> list[range]:
 def _conv_3d(layer, args, kwargs):
     """For each slice of the result a Conv2D over the channels of all slices it reads; one layer, called for each."""
     depth, height, width, channels, filters = layer.kernel.shape
-    dilated = layer.dilation_rate[0] != 1
-    if layer.data_format != "channels_last" or layer.groups != 1 or dilated:
+    if layer.data_format != "channels_last" or layer.groups != 1:
         return None
     conv = keras.layers.Conv2D(
         filters,
@@ -44,15 +43,15 @@ def _conv_3d(layer, args, kwargs):
     conv.kernel.assign(ops.reshape(kernel, (height, width, depth * channels, filters)))
     if layer.use_bias:
         conv.bias.assign(layer.bias)
-    size, stride = args[0].shape[1], layer.strides[0]
-    pad = [[0, 0]] * 5
+    size, stride, rate = args[0].shape[1], layer.strides[0], layer.dilation_rate[0]
+    reach, pad = (depth - 1) * rate + 1, [[0, 0]] * 5
     if layer.padding == "same":
-        total = max((math.ceil(size / stride) - 1) * stride + depth - size, 0)
+        total = max((math.ceil(size / stride) - 1) * stride + reach - size, 0)
         pad = [[0, 0], [total // 2, total - total // 2], [0, 0], [0, 0], [0, 0]]
 
     def convolve(x):
         slices = _slices(ops.pad(x, pad) if any(map(any, pad)) else x)
-        windows = _windows(len(slices), depth, stride, "valid")
+        windows = [window[::rate] for window in _windows(len(slices), reach, stride, "valid")]
         return ops.stack([conv(ops.concatenate([slices[n] for n in window], -1)) for window in windows], axis=1)
 
     return convolve
@@ -69,12 +68,6 @@ def _max_pool_3d(layer, args, kwargs):
 
 
 def _average_pool_3d(layer, args, kwargs):
-    exact = layer.padding == "valid" or all(
-        size % window == 0 and window == stride
-        for size, window, stride in zip(args[0].shape[1:4], layer.pool_size, layer.strides, strict=True)
-    )
-    if not exact:
-        return None
     return _pool_3d(
         layer, args[0], keras.layers.AveragePooling2D, lambda slices: sum(slices[1:], slices[0]) * (1.0 / len(slices))
     )
