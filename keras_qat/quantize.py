@@ -12,15 +12,23 @@ from keras import tree
 
 from keras_qat.errors import Problem, UnsupportedModelError
 from keras_qat.graph.added_masks import hide_what_is_added
-from keras_qat.graph.annotate import Plan, annotate, plan, row_of_node
+from keras_qat.graph.annotate import annotate
 from keras_qat.graph.fuse import fuse
 from keras_qat.graph.lookups import FLOAT_OPS, merge_lookups
 from keras_qat.graph.lower import lowering_of
+from keras_qat.graph.plan import Plan, plan, row_of_node
 from keras_qat.graph.rows import batch_axis, rows_per_sample
 from keras_qat.graph.signatures import signatures_remembered
 from keras_qat.graph.trace import original, trace
 from keras_qat.graph.twins import merge_twins
-from keras_qat.graph.walk import Graph, input_names, key_of, nodes_of, operations_of, output_names
+from keras_qat.graph.walk import (
+    Graph,
+    input_names,
+    key_of,
+    nodes_of,
+    operations_of,
+    output_names,
+)
 from keras_qat.layers import ChannelScale, is_qat
 from keras_qat.operations import row_of
 from keras_qat.primitives import Pointwise

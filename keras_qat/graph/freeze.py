@@ -7,8 +7,8 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_qat.graph.annotate import row_of_node
 from keras_qat.graph.emit.call import Call
+from keras_qat.graph.plan import row_of_node
 from keras_qat.graph.rows import batch_axis, rows_per_sample
 from keras_qat.graph.walk import input_names, is_index, nodes_of, output_names, path_of
 from keras_qat.layers import FakeQuant, Quantized, Rescale, require_qat
