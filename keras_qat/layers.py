@@ -79,7 +79,7 @@ class FakeQuant(keras.layers.Layer):
             site: Its number among those that share the range.
             observe: Whether it has a say in the range, while training.
             rounding: "half_up", or with ties "away" or "up" (see `numerics.with_ties_broken`), or "precise" for values of the
-                outside world (see `numerics.fake_quant`).
+                outside world (see `numerics.fake_quant`), or "product" for what `factors` are of.
             peek: Just tell the grid, before the tensor itself is there.
             factors: The scales of the tensors that the group's tensor is a product of; its range is then moved to where
                 all kernels round products alike.
@@ -111,7 +111,7 @@ class FakeQuant(keras.layers.Layer):
             return x, scale
         if factors is not None:
             low, high, scale, quarter_step = self._snapped(low, high, factors, constant, count)
-            if rounding == "half_up":  # not of what only shares the grid of products
+            if rounding == "product":  # not what only shares the grid of products
                 x = x + quarter_step * ops.stop_gradient(ops.sign(x))
         if stretch is not None and not training:
             low, high = numerics.stretched(low, high, stretch[0])

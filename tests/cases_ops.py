@@ -33,6 +33,22 @@ def _sums_in_a_circle(x):
     return layers.Concatenate()([term, one * 0.5 + other])
 
 
+def _gate(x):
+    return layers.Conv2D(1, 1, activation="sigmoid")(x)
+
+
+def _joined_product(x):
+    """As an attention gate in front of a decoder."""
+    return layers.Concatenate()([_conv(x), layers.ReLU()(_conv(x)), _conv(x) * _gate(x)])
+
+
+def _products_in_a_circle(x):
+    """Each is of a tensor that shares the other's grid."""
+    one, other = _conv(x), _conv(x)
+    first, second = one * _gate(x), other * _gate(x)
+    return layers.Concatenate()([_conv(layers.Concatenate()([one, second])), layers.Concatenate()([other, first])])
+
+
 FUNCTIONS = [
     Case(name, lambda x, f=f: f(x), (SERIES,))
     for name, f in {
@@ -73,6 +89,8 @@ ARITHMETIC = [
     Case("clip_above_zero", lambda x: ops.clip(x, 0.5, 1), (SERIES,)),
     Case("maximum_of_a_number", lambda x: ops.maximum(x, -0.5), (SERIES,)),
     Case("joined_sums", _joined_sums, exact=True),
+    Case("joined_product", _joined_product, exact=True),
+    Case("products_in_a_circle", _products_in_a_circle),
     Case("sums_in_a_circle", _sums_in_a_circle, exact=True),
     Case("divide", lambda x, y: x / (ops.abs(y) + 1.0), (SERIES, SERIES)),
     Case("plus_array", lambda x: x + _TABLE, (SERIES,)),

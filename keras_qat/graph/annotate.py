@@ -41,8 +41,8 @@ class _Annotator:
         sources = [x for x in tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor) and not is_index(x)]
         scales = [self.scale_of.get(id(x)) for x in sources]
         site = self.plan.behind.get(id(node.outputs[0])) or self.plan.sites.get(id(node.outputs[0]))
-        if site is not None and site.group in self.plan.products and site.group not in self.options:
-            self.options[site.group] = row_of_node(node).factors(node, scales)
+        if site is not None and site.group in self.plan.products and site.group not in self.plan.mixed:
+            self.options.setdefault(site.group, row_of_node(node).factors(node, scales))
         if self._comes_from_another_grid(node, site):
             # A Clamp's grid ends where it does, but calibration and the time before quantization know no grids. RELU rounds
             # twice where its result has the longer steps, which happens where others share its grid.
@@ -69,7 +69,7 @@ class _Annotator:
 
     def _scale_at(self, site: Site, x):
         """The scale of a site's grid, before its tensor is there."""
-        if site.group in self.plan.sums:
+        if site.group in self.plan.sums or site.group in self.plan.products:
             return self._grid(site.group, x)[1]
         return self._fake_quant(site.group, x, {"peek": True})[1]
 
@@ -78,8 +78,7 @@ class _Annotator:
         if group not in self.grids:
             options = {}
             if group in self.plan.products:
-                node, sources = self.plan.products[group]
-                options = row_of_node(node).factors(node, [self._grid(source, x)[1] for source in sources])
+                options = self._factors(group, x)
             elif group in self.plan.sums:
                 sums = self.plan.sums[group]
                 terms = [None if term == group else self._grid(term, x) for _, *both in sums for term in both]
@@ -87,13 +86,22 @@ class _Annotator:
             self.grids[group] = self._fake_quant(group, x, {"peek": True, **options})
         return self.grids[group]
 
+    def _factors(self, group: int, x) -> dict:
+        """What its tensor is a product of, before any of them is there."""
+        node, sources = self.plan.products[group]
+        return row_of_node(node).factors(node, [self._grid(source, x)[1] for source in sources])
+
     def _behind(self, old, new):
         """The new tensor, on its grid if the plan wants one there."""
         site = self.plan.sites.get(id(old))
         return new if site is None else self._on_grid(new, site)
 
     def _on_grid(self, tensor, site: Site):
-        options = {"observe": False, "rounding": site.rounding} if site.kind == "rounded" else {}
+        options = {} if site.rounding == "half_up" else {"rounding": site.rounding}
+        if site.kind == "rounded":
+            options["observe"] = False
+        if site.group in self.plan.mixed and site.group not in self.options:
+            self.options[site.group] = self._factors(site.group, tensor)
         if id(tensor) in self.given:
             options["rounding"] = "precise"
         options = {**options, **self.options.get(site.group, {})}

@@ -22,7 +22,7 @@ class Site:
         kind: "observed", "fixed", or "rounded" (on the grid of its group, without a say in it).
         limits: The range, if it is fixed.
         bits: Of its integers.
-        rounding: How values come to the grid (see `FakeQuant.call`).
+        rounding: How values come to the grid (see `FakeQuant.call`); "product" of those that its group's range is moved for.
         nonnegative: Its values are known to be ≥ 0.
         is_output: It is an output of the model.
         group: Number of the group of tensors that share its grid.
@@ -54,6 +54,7 @@ class Plan:
         groups: The sites of each group.
         products: The groups whose range can be moved to where all kernels round products alike: a node that writes one, and
             the groups that it reads.
+        mixed: Those of them that other tensors share: operations in front of the product may have to know their grid.
         sums: The groups whose range can be moved to where all kernels add alike: for each sum its sign and the groups of
             its terms.
     """
@@ -66,6 +67,7 @@ class Plan:
     behind: dict[int, Site] = dataclasses.field(default_factory=dict)
     groups: list[list[Site]] = dataclasses.field(default_factory=list)
     products: dict[int, tuple[object, list[int]]] = dataclasses.field(default_factory=dict)
+    mixed: set[int] = dataclasses.field(default_factory=set)
     sums: dict[int, list[tuple[int, int, int]]] = dataclasses.field(default_factory=dict)
 
 
@@ -200,8 +202,9 @@ def plan(model: Graph, input_ranges: dict[str, Limits]) -> Plan:
         id(node): [group_of.get(key, group_of.get(groups.find(key))) for key in flow.sources(node)]
         for node in flow.nodes
     }
-    result.products = _groups_of_products(result, flow, sources)
-    result.sums = _without_circles(_groups_of_sums(result, flow, sources), result.products)
+    _find_products(result, flow, sources)
+    _find_sums(result, flow, sources)
+    _without_circles(result)
     return result
 
 
@@ -245,61 +248,87 @@ def _form_groups(result: Plan, leader_of, read_on_one_grid: set[int]) -> None:
         _add_group(result, sites)
 
 
-def _groups_of_products(result: Plan, flow: _Flow, sources: dict[int, list]) -> dict[int, tuple]:
-    """The groups whose tensors are all products of tensors on the same grids."""
+def _find_products(result: Plan, flow: _Flow, sources: dict[int, list]) -> None:
+    """The groups with products of tensors on the same grids; where there are several kinds in one, the first kind counts.
+
+    A mean joins in where it is alone: it would make the grid of others up to twice as coarse.
+    """
     limits = {site.group: site.limits for sites in result.groups for site in finders(sites)}
-    found: dict[int, dict[str, tuple]] = {}
+    written: dict[
+        int, dict[str, list]
+    ] = {}  # group → what its tensors are products of → their sites, each with its node
     for node in flow.nodes:
         behind = result.behind.get(id(node.outputs[0]))
         site = behind or result.sites.get(id(node.outputs[0]))
-        if flow.kinds[id(node)] == "constant" and site is not None and site.group in found:
+        if flow.kinds[id(node)] == "constant" and site is not None and site.group in written:
             continue  # it comes to the grid of the products before it
         if behind or (site is not None and site.kind == "observed" and id(node) not in result.fused):
             grids = [limits.get(group) or group for group in sources[id(node)]]
-            factors = repr(row_of_node(node).factors(node, grids))
-            found.setdefault(site.group, {})[factors] = node, sources[id(node)]
-    for tensor in flow.model.inputs:
-        site = result.sites.get(id(flow.behind_augmentation(tensor)))
-        if site is not None:
-            found.setdefault(site.group, {})["None"] = ()
-    return {group: next(iter(of.values())) for group, of in found.items() if len(of) == 1 and "None" not in of}
+            factors = row_of_node(node).factors(node, grids)
+            written.setdefault(site.group, {}).setdefault(repr(factors), []).append((site, node, factors))
+    inputs = [result.sites.get(id(flow.behind_augmentation(tensor))) for tensor in flow.model.inputs]
+    for group in {site.group for site in inputs if site is not None}:
+        written.pop(group, None)
+    for group, kinds in written.items():
+        is_mixed = len(kinds) > 1
+        if is_mixed:
+            kinds = {key: of for key, of in kinds.items() if key != "None" and "count" not in of[0][2]}
+        if kinds and "None" not in kinds and not (is_mixed and not _can_be_moved(result.groups[group])):
+            products = next(iter(kinds.values()))
+            read = sources[id(products[0][1])]
+            if is_mixed and (group in read or None in read):
+                continue
+            result.products[group] = products[0][1], read
+            result.mixed.update([group] if is_mixed else ())
+            for site, *_ in products:
+                site.rounding = "product"
 
 
-def _groups_of_sums(result: Plan, flow: _Flow, sources: dict[int, list]) -> dict[int, list[tuple[int, int, int]]]:
+def _can_be_moved(sites: list[Site]) -> bool:
+    return all(site.kind != "fixed" and site.bits == 8 for site in sites)
+
+
+def _find_sums(result: Plan, flow: _Flow, sources: dict[int, list]) -> None:
     """The sums of each group whose range may be made wider. Not of vectors where they are many: an unrolled recurrent layer
     has hundreds, and each range takes time to move."""
     sums = [node for node in flow.nodes if key_of(node.operation) == "Sum"]
     vectors = [node for node in sums if len(node.outputs[0].shape) < 3]
-    found: dict[int, list[tuple[int, int, int]]] = {}
     for node in sums:
         terms = sources[id(node)]
         site = result.behind.get(id(node.outputs[0])) or result.sites.get(id(node.outputs[0]))
         is_one_of_many = len(node.outputs[0].shape) < 3 and len(vectors) > _FEW_SUMS
-        can_be_wider = all(one.kind != "fixed" and one.bits == 8 for one in result.groups[site.group])
-        if can_be_wider and not is_one_of_many and None not in terms:
+        can_be_moved = site.group not in result.products and _can_be_moved(result.groups[site.group])
+        if can_be_moved and not is_one_of_many and None not in terms:
             added = (node.operation.sign, *terms)
-            if added not in found.setdefault(site.group, []):
-                found[site.group].append(added)
-    return {group: added for group, added in found.items() if group not in result.products}
+            if added not in result.sums.setdefault(site.group, []):
+                result.sums[site.group].append(added)
 
 
-def _without_circles(sums: dict[int, list[tuple[int, int, int]]], products: dict[int, tuple]) -> dict[int, list]:
-    """`sums` without those whose terms' grids depend on that of the sum (they may be on the same grid)."""
-    kept: dict[int, list] = {}
+def _without_circles(result: Plan) -> None:
+    """Leaves out what depends on its own grid by way of others': sums (whose terms may be on the same grid), and products on
+    grids that others share."""
     is_known: dict[int, bool] = {}  # group → its grid can be known beforehand; False while that is being looked at
 
     def can_be_known(group) -> bool:
-        if group not in is_known:
-            is_known[group] = False
-            added = [one for one in sums.get(group, ()) if all([x == group or can_be_known(x) for x in one[1:]])]
-            if added:
-                kept[group] = added
-            is_known[group] = all([can_be_known(x) for x in products[group][1]]) if group in products else True
-        return is_known[group]
+        if group in is_known:
+            return is_known[group]
+        is_known[group] = False
+        if group in result.sums:
+            terms = result.sums.pop(group)
+            kept = [added for added in terms if all([x == group or can_be_known(x) for x in added[1:]])]
+            result.sums.update({group: kept} if kept else {})
+        elif group in result.products and not all([can_be_known(x) for x in result.products[group][1]]):
+            if group not in result.mixed:
+                return False
+            del result.products[group]
+            result.mixed.remove(group)
+            for site in result.groups[group]:
+                site.rounding = "half_up" if site.rounding == "product" else site.rounding
+        is_known[group] = True
+        return True
 
-    for group in sums:
+    for group in [*result.sums, *result.mixed]:
         can_be_known(group)
-    return kept
 
 
 def finders(sites: list[Site]) -> list[Site]:
