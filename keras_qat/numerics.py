@@ -303,6 +303,7 @@ def accumulator_step(input_scale, scale, multiplier, bias):
 
 # XNNPACK computes M in float32, in three roundings: with 1e-7 it lost 45 % of a ResNet50's outputs by 1 LSB.
 _SMALLEST_HAIR = 3e-7
+_LIFTS_TIES = 6.1e-8  # what half a unit of the last place of a float32 is at most
 MOST_STEPS = 8192.0  # with more steps of the accumulator to one of the output, kernels disagree once in ten thousand
 FEWEST_STEPS = 6.0  # the smallest even number with room below the next power of two, after 2
 
@@ -369,6 +370,28 @@ def kernel_divisor(wanted, fewest: float, move: str, count: int = 1):
 def one_part_of(divisor):
     """`(1 + e) / D` with the hair e that lifts ties above the half."""
     return _parts()[divisor]
+
+
+def narrowest_hair(step: np.ndarray, input_scale: float, output_scale: float) -> np.ndarray:
+    """The weights' scales for the file. Where the steps are snapped with the smallest hair, those that make it smaller still.
+
+    The hair e of `(1 + e) / D` lifts ties above the half. XNNPACK computes M in float32 from the three scales, so half a
+    unit of its last place is the least it needs, but a step that is rounded itself has to be further off to be safe. Here
+    all that is rounded is known: the smallest scale is taken with which every kernel's own M lifts them. (With 3e-7 and
+    D = 972, reference kernels lift 167.5 - 1 / D too.)
+    """
+    given, read, written = np.float32(step / np.float32(input_scale)), np.float32(input_scale), np.float32(output_scale)
+    divisor = np.round(written / step)
+    hair = step * divisor / np.float64(written) - 1.0
+    scale = np.float32(np.float64(written) / divisor / read * (1.0 - 2e-7))
+    found = np.zeros(scale.shape, bool)
+    for _ in range(12):
+        product = read * scale
+        multipliers = np.float32(product / written), np.float64(product) / written, np.float64(read) * scale / written
+        found = np.all([np.float64(one) * divisor - 1.0 > _LIFTS_TIES for one in multipliers], axis=0)
+        scale = np.where(found, scale, np.nextafter(scale, np.float32(np.inf)))
+    is_smallest = (divisor >= FEWEST_STEPS) & (hair > 0) & (hair < 2 * _SMALLEST_HAIR)
+    return np.where(is_smallest & found, np.minimum(scale, given), given)
 
 
 class _Table:

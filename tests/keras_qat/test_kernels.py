@@ -298,3 +298,28 @@ def test_sums_are_the_kernels(runtime, kind, sign, moved):
         assert all(most == 1 for _, most in found.values())
     else:
         assert not found
+
+
+# --- FULLY_CONNECTED on either side of ties ------------------------------------------------------------------------------
+
+
+@each_runtime
+@pytest.mark.parametrize("divisor", [100, 236, 480, 944, 972])
+def test_layers_with_weights_break_ties_alike(runtime, divisor):
+    """Sums that are half a step of the output behind a whole one, and their neighbours, on grids at random."""
+    sums = np.array([divisor * step + divisor // 2 + more for step in range(255) for more in (-1, 0, 1)])
+    tens, ones = np.divmod(sums, 127)  # a sum as what weights of 127 and one of 1 make of numbers from 0 to 255
+    values = np.stack([*[np.clip(tens - 255 * place, 0, 255) for place in range(8)], ones], axis=1) - 128
+    expected = (2 * sums + divisor) // (2 * divisor) - 128
+    ops, weights = OpsInParallel(), np.array([[127] * 8 + [1]], "int8")
+    part = np.float32(numerics.one_part_of(np.float32(divisor)))
+    for (read, _), (written, _) in zip(random_grids(16, seed=5), random_grids(16, seed=6), strict=True):
+        step = np.array([np.float32(written) * part], np.float64)
+        scale = numerics.narrowest_hair(step, read, written)
+        constants = [
+            Tensor("weights", (1, 9), "int8", tuple(scale.tolist()), axis=0, data=weights),
+            Tensor("bias", (1,), "int32", tuple(step.tolist()), axis=0, data=np.zeros(1, "int32")),
+        ]
+        grids = (read, -128), (len(sums), 1), (written, -128)
+        ops.add("FULLY_CONNECTED", values, *grids, constants, keepNumDims=True, fusedActivationFunction=0)
+    assert not differing([found[:, 0] for found in ops.run(runtime)], [expected] * 16)

@@ -3,6 +3,7 @@
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from keras_qat import numerics
 from keras_qat.graph.emit.arithmetic import multiply_and_add
 from keras_qat.graph.emit.call import PADDINGS, PIXEL_BY_PIXEL, Call, output_size, pair
 from tflite_export import Tensor
@@ -14,7 +15,11 @@ def _weights_and_bias(call: Call, kernel: np.ndarray, axis: int, input_name: str
         bias = call.operation.bias if call.operation.use_bias else np.zeros(kernel.shape[axis])
         return [call.constant("weights", kernel, "float32"), call.constant("bias", bias, "float32")]
     steps, read = np.asarray(call.weights.step, np.float64), call.program.tensors[input_name]
-    scale = tuple((steps / np.float32(read.scale[0])).tolist())
+    scale = steps / np.float32(read.scale[0])
+    if read.dtype == "int8":
+        narrowed = numerics.narrowest_hair(steps, read.scale[0], call.program.tensors[call.output].scale[0])
+        scale = np.where(call.weights.snapped, narrowed, scale)
+    scale = tuple(scale.tolist())
     bias_type = "int64" if read.dtype == "int16" else "int32"
     return [
         call.constant("weights", kernel, "int8", scale=scale, axis=axis),
