@@ -9,13 +9,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_qat import kernels, numerics
+from keras_qat import fused_batch_norm, kernels, numerics, ties
 from keras_qat.arrays import ops, read_as
 from keras_qat.quantizers import MaxAbs
 from keras_qat.replicas import agree_on_statistics
 from keras_qat.spec import Spec
 
-_stretch_of_sums = tf.function(numerics.stretch_of_sums, autograph=False)  # one operation, where `freeze` asks for it
+_stretch_of_sums = tf.function(ties.stretch_of_sums, autograph=False)  # one operation, where `freeze` asks for it
 _calibrating = contextvars.ContextVar("calibrating", default=False)
 
 
@@ -84,7 +84,7 @@ class FakeQuant(keras.layers.Layer):
             factors: The scales of the tensors that the group's tensor is a product of; its range is then moved to where
                 all kernels round products alike.
             constant: The scale of a constant factor.
-            count: How many values a mean is over (see `numerics.snap_to_kernels`).
+            count: How many values a mean is over (see `ties.snap_to_kernels`).
             terms: For both terms of each sum that is written to this grid what a peek at its own grid returned, or None
                 where that is this grid; at inference its range is moved to where all kernels add alike. (Peeks alone
                 take them, because that takes time.)
@@ -114,7 +114,7 @@ class FakeQuant(keras.layers.Layer):
             if rounding == "product":  # not what only shares the grid of products
                 x = x + quarter_step * ops.stop_gradient(ops.sign(x))
         if stretch is not None and not training:
-            low, high = numerics.stretched(low, high, stretch[0])
+            low, high = ties.stretched(low, high, stretch[0])
             scale, _ = numerics.scale_and_zero_point(low, high, self.spec)
         if training and not self.in_training:
             return x, scale
@@ -131,17 +131,17 @@ class FakeQuant(keras.layers.Layer):
             low, high, *_ = self._snapped(low, high, factors, constant, count)
         if terms is not None:
             grids = [ops.zeros((2,)) if term is None else ops.stack([term[1], term[0][1]]) for term in terms]
-            stretch = numerics.stretch_of_sums(
+            stretch = ties.stretch_of_sums(
                 low, high, self.spec, tuple(signs), ops.reshape(ops.stack(grids), (-1, 2, 2))
             )
-            low, high = numerics.stretched(low, high, stretch)
+            low, high = ties.stretched(low, high, stretch)
         scale, zero_point = numerics.scale_and_zero_point(low, high, self.spec)
         return ops.stack([stretch, ops.cast(zero_point, "float32")]), scale
 
     def _snapped(self, low, high, factors, constant, count):
-        """See `numerics.snapped_grid`."""
+        """See `ties.snapped_grid`."""
         step = constant * math.prod(factors[1:], start=factors[0])
-        return numerics.snapped_grid(low, high, self.spec, step, count)
+        return ties.snapped_grid(low, high, self.spec, step, count)
 
     def parameters(self, factors=None, constant=1.0, count=1, terms=None, signs=()) -> tuple[float, int]:
         """The scale and the zero point as the file gets them. `terms` are scales and zero points, see `call`."""
@@ -153,7 +153,7 @@ class FakeQuant(keras.layers.Layer):
             searched = _stretch_of_sums(
                 *map(ops.convert_to_tensor, (low, high)), self.spec, tuple(signs), tf.constant(grids)
             )
-            low, high = numerics.stretched(low, high, np.float32(searched))
+            low, high = ties.stretched(low, high, np.float32(searched))
         return numerics.scale_and_zero_point(low, high, self.spec)
 
     def compute_output_spec(self, x, peek=False, **kwargs):
@@ -309,12 +309,12 @@ class Rescale(GridLayer):
         integers = np.arange(1.0, 128.0, dtype="float32")
         factor = max(abs(self.factor), 1e-30)
         wanted = integers * (output_scale / (input_scale * factor))  # steps of the product to one of the output
-        divisors = numerics.kernel_divisor(wanted, numerics.FEWEST_STEPS, "nearest")
+        divisors = ties.kernel_divisor(wanted, ties.FEWEST_STEPS, "nearest")
         best = ops.argmin(ops.abs(ops.log(divisors / wanted)))
         integer, divisor = ops.take(integers, best), ops.take(divisors, best)
         is_close = ops.cast(ops.abs(divisor - ops.take(wanted, best)) < 0.02 * divisor, "float32")
         exact = factor / integer
-        scale = ops.where(is_close > 0, numerics.one_part_of(divisor) * output_scale / input_scale, exact)
+        scale = ops.where(is_close > 0, ties.one_part_of(divisor) * output_scale / input_scale, exact)
         return integer * math.copysign(1.0, self.factor), scale, is_close
 
     def get_config(self):
@@ -407,8 +407,8 @@ class Quantized(GridLayer):
             return y
         if isinstance(self.batch_norm, ChannelScale):
             y = self.batch_norm.call(y)
-        elif training and self.batch_norm.trainable and numerics.can_fuse_batch_norm(self.batch_norm, y):
-            y = numerics.fused_batch_norm(self.batch_norm, y, self.frozen_statistics)
+        elif training and self.batch_norm.trainable and fused_batch_norm.can_fuse(self.batch_norm, y):
+            y = fused_batch_norm.train_fused(self.batch_norm, y, self.frozen_statistics)
         else:
             y = self.batch_norm.call(y, training=training and not self.frozen_statistics)
         if training and not self.frozen_statistics and isinstance(self.batch_norm, keras.layers.BatchNormalization):
@@ -445,9 +445,9 @@ class Quantized(GridLayer):
             step = ops.cast(kernels.snap_to_15_bits(step / output_scale), "float32") * output_scale
         elif self.batch_norm is not None and output_scale is not None:
             if isinstance(self.layer, ChannelScale):  # a batch norm alone: its integers are free to choose
-                step, kernel, snapped = numerics.snap_by_integers(step, kernel, output_scale)
+                step, kernel, snapped = ties.snap_by_integers(step, kernel, output_scale)
             else:
-                step, snapped = numerics.snap_to_kernels(step, output_scale, 32.0, "nearest")
+                step, snapped = ties.snap_to_kernels(step, output_scale, 32.0, "nearest")
         kernel, bias = ops.round(kernel), ops.round(bias / step)
         if output_scale is not None and not self.wide:
             step = ops.minimum(step, numerics.LARGEST_MULTIPLIER * output_scale)
@@ -462,7 +462,7 @@ class Quantized(GridLayer):
         if self.wide or self.batch_norm is not None or input_scale is None or output_scale is None:
             return scale, 0.0
         factor = input_scale * self.input_scaling[0]
-        step, snapped = numerics.snap_to_kernels(factor * scale, output_scale, numerics.FEWEST_STEPS, "up")
+        step, snapped = ties.snap_to_kernels(factor * scale, output_scale, ties.FEWEST_STEPS, "up")
         return ops.stop_gradient(step / factor), snapped
 
     def _per_kernel(self, channels):
@@ -482,7 +482,7 @@ class Quantized(GridLayer):
         if isinstance(self.batch_norm, ChannelScale):
             norm_multiplier, norm_offset = self.batch_norm.numbers(like=scale)
         else:
-            norm_multiplier, norm_offset = numerics.batch_norm_multiplier_and_offset(self.batch_norm, like=scale)
+            norm_multiplier, norm_offset = fused_batch_norm.multiplier_and_offset(self.batch_norm, like=scale)
         return multiplier * norm_multiplier, bias * norm_multiplier + norm_offset
 
     def _kernel_sums(self, kernel):
@@ -521,7 +521,7 @@ class IntegerWeights:
         kernel: In Keras's layout.
         step: The real value of one step of the kernel's sum, per channel.
         bias: In such steps.
-        snapped: 1.0 for the channels whose step all runtimes round alike (see `numerics.snap_to_kernels`).
+        snapped: 1.0 for the channels whose step all runtimes round alike (see `ties.snap_to_kernels`).
     """
 
     kernel: object

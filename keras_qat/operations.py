@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import keras
 
-from keras_qat import numerics
+from keras_qat import ties
 from keras_qat.compounds import Probabilities
 from keras_qat.graph.emit import arithmetic, functions, pooling, resizing, shapes, truths, weighted, wide
 from keras_qat.graph.lookups import LOOKUPS, SINGLE_OPS, constants_of
@@ -121,7 +121,7 @@ def _mean_factors(node, scales):
 
 
 def _is_mean(node) -> bool:
-    return numerics.has_divisors(pooling.values_per_mean(node))
+    return ties.has_divisors(pooling.values_per_mean(node))
 
 
 def _mean_range(node):

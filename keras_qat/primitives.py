@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_qat import numerics
+from keras_qat import ties
 from keras_qat.graph.walk import key_of, nodes_of
 from keras_qat.layers import GridLayer, _calibrating
 from keras_qat.replicas import agree_on_statistics
@@ -219,7 +219,7 @@ class Slope(GridLayer):
     def integers(self, input_scale=None, output_scale=None):
         """The slopes' integers and the scale of one step."""
         largest = ops.maximum(ops.max(ops.abs(self.slopes)), 1e-4)
-        scale, _ = numerics.snap_to_kernels(largest / 127.0, 1.0, numerics.FEWEST_STEPS, "up")
+        scale, _ = ties.snap_to_kernels(largest / 127.0, 1.0, ties.FEWEST_STEPS, "up")
         return ops.clip(ops.round(self.slopes / scale), -127.0, 127.0), scale
 
     def get_config(self):
@@ -231,7 +231,7 @@ class Sum(GridLayer):
     """`x + y`, or `x - y`; at inference in float64, which the 20 extra bits of the kernels come closest to.
 
     In float32 a sum is off by 1e-5 of a step. Where both are on one grid all elements with the same sum stand at the same
-    place between two steps, so that one tie can be a percent of them. (`numerics.grid_of_sum` keeps away from ties.)
+    place between two steps, so that one tie can be a percent of them. (`ties.stretch_of_sums` keeps away from ties.)
 
     Args:
         sign: Of `y`, 1 or -1.

@@ -5,6 +5,7 @@ import inspect
 from keras import ops
 
 from keras_qat.batch_norms import multiplied_and_added
+from keras_qat.fused_batch_norm import is_plain
 from keras_qat.graph.emit import resizing
 from keras_qat.graph.probabilities import refine_probabilities
 from keras_qat.graph.walk import (
@@ -20,7 +21,6 @@ from keras_qat.graph.walk import (
     rewrite,
 )
 from keras_qat.layers import ChannelScale, Quantized, Rescale
-from keras_qat.numerics import is_plain
 from keras_qat.operations import GONE, row_of
 from keras_qat.primitives import Constant, ExactUpsampling, InFloat, Sum
 from keras_qat.spec import Rules

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_qat import kernels, numerics
+from keras_qat import kernels, numerics, ties
 from keras_qat.layers import Rescale
 from keras_qat.primitives import Sum
 from keras_qat.spec import Spec
@@ -162,9 +162,7 @@ def mean_cases(count) -> list:
         step = np.float32(scale / count)
         wanted = np.exp(generator.uniform(np.log(2), np.log(min(4 * count, 8000))))  # steps to one of the output
         output_scale = np.float32(step * wanted)
-        moved_step, moved = numerics.snap_to_kernels(
-            tf.constant(step), output_scale, numerics.FEWEST_STEPS, "down", count
-        )
+        moved_step, moved = ties.snap_to_kernels(tf.constant(step), output_scale, ties.FEWEST_STEPS, "down", count)
         assert moved == 1 and moved_step <= step * 1.0001, f"{wanted:.2f} steps were moved the wrong way"
         output_grid = float(np.float32(output_scale * step / moved_step)), int(generator.integers(-128, 128))
         sums = telling_sums(count, scale / (count * output_grid[0]), zero_point, generator)
@@ -253,7 +251,7 @@ def moved_for_sums(grid, sign, *sums) -> tuple[float, int]:
     """The grid that a FakeQuant makes of one where such pairs of terms are added; None stands for a term on that grid."""
     ends = [(tf.constant(integer - grid[1], "float32")) * grid[0] for integer in (-128, 127)]
     terms = tf.constant([[term or (0.0, 0.0) for term in both] for both in sums], "float32")
-    low, high = numerics.stretched(*ends, numerics.stretch_of_sums(*ends, Spec(), (sign,) * len(sums), terms))
+    low, high = ties.stretched(*ends, ties.stretch_of_sums(*ends, Spec(), (sign,) * len(sums), terms))
     scale, zero_point = numerics.scale_and_zero_point(np.float32(low), np.float32(high), Spec())
     assert 1 - 1e-6 < scale / grid[0] < 1.0021
     return float(scale), zero_point
@@ -312,10 +310,10 @@ def test_layers_with_weights_break_ties_alike(runtime, divisor):
     values = np.stack([*[np.clip(tens - 255 * place, 0, 255) for place in range(8)], ones], axis=1) - 128
     expected = (2 * sums + divisor) // (2 * divisor) - 128
     ops, weights = OpsInParallel(), np.array([[127] * 8 + [1]], "int8")
-    part = np.float32(numerics.one_part_of(np.float32(divisor)))
+    part = np.float32(ties.one_part_of(np.float32(divisor)))
     for (read, _), (written, _) in zip(random_grids(16, seed=5), random_grids(16, seed=6), strict=True):
         step = np.array([np.float32(written) * part], np.float64)
-        scale = numerics.narrowest_hair(step, read, written)
+        scale = ties.narrowest_hair(step, read, written)
         constants = [
             Tensor("weights", (1, 9), "int8", tuple(scale.tolist()), axis=0, data=weights),
             Tensor("bias", (1,), "int32", tuple(step.tolist()), axis=0, data=np.zeros(1, "int32")),

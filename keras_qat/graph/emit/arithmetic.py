@@ -1,6 +1,6 @@
 """Ops that read one or two tensors and keep their shape."""
 
-from keras_qat import numerics
+from keras_qat import fused_batch_norm
 from keras_qat.graph.emit.call import Call
 
 
@@ -12,7 +12,7 @@ def multiply_and_add(call: Call, multiplier, offset) -> None:
 
 def batch_norm(call: Call) -> None:
     """In float only: among integers it is folded, or a `ChannelScale`."""
-    multiply_and_add(call, *numerics.batch_norm_multiplier_and_offset(call.operation))
+    multiply_and_add(call, *fused_batch_norm.multiplier_and_offset(call.operation))
 
 
 def norm_multiplier(call: Call) -> None:

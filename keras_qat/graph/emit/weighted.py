@@ -3,7 +3,7 @@
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_qat import numerics
+from keras_qat import ties
 from keras_qat.graph.emit.arithmetic import multiply_and_add
 from keras_qat.graph.emit.call import PADDINGS, PIXEL_BY_PIXEL, Call, output_size, pair
 from tflite_export import Tensor
@@ -17,7 +17,7 @@ def _weights_and_bias(call: Call, kernel: np.ndarray, axis: int, input_name: str
     steps, read = np.asarray(call.weights.step, np.float64), call.program.tensors[input_name]
     scale = steps / np.float32(read.scale[0])
     if read.dtype == "int8":
-        narrowed = numerics.narrowest_hair(steps, read.scale[0], call.program.tensors[call.output].scale[0])
+        narrowed = ties.narrowest_hair(steps, read.scale[0], call.program.tensors[call.output].scale[0])
         scale = np.where(call.weights.snapped, narrowed, scale)
     scale = tuple(scale.tolist())
     bias_type = "int64" if read.dtype == "int16" else "int32"
