@@ -345,6 +345,8 @@ OPERATIONS: dict[str, Row] = {
     "ops.ExpandDims": _RESHAPE,
     "ops.Squeeze": _RESHAPE,
     "ops.Transpose": Row("TRANSPOSE", "same", shapes.transpose),
+    "ops.DepthToSpace": Row("DEPTH_TO_SPACE", "same", shapes.depth_to_space, refuses=_channels_last),
+    "ops.SpaceToDepth": Row("SPACE_TO_DEPTH", "same", shapes.space_to_depth, refuses=_channels_last),
     "ops.GetItem": Row("STRIDED_SLICE", "same", shapes.strided_slice, refuses=_slices),
     "ops.Concatenate": Row("CONCATENATION", "same", shapes.concatenation, refuses=_concatenates),
     "ops.Take": Row("GATHER", "same", shapes.take, refuses=_takes),
@@ -362,6 +364,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Max": Row("REDUCE_MAX", "same", pooling.largest, refuses=_reduces),
     "ops.Min": Row("REDUCE_MIN", "same", pooling.smallest, refuses=_reduces),
     "ops.Argmax": Row("ARG_MAX", "index", pooling.index_of_largest),
+    "ops.Argmin": Row("ARG_MIN", "index", pooling.index_of_smallest),
     # inside of normalizations, attention and recurrent cells
     "InverseRoot": Row("RSQRT or a look-up", "own", functions.inverse_root),
     "Mask": Row("MINIMUM or SELECT_V2", "rounded", truths.mask, refuses=_hides),

@@ -8,6 +8,9 @@ _MATRIX = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
 _TABLE = np.random.default_rng(1).normal(size=(16, 8)).astype("float32")
 
 
+_LIMITS = np.arange(1, 9, dtype="float32") / 4
+
+
 def _positive(x):
     return ops.square(x) + 0.3
 
@@ -57,16 +60,21 @@ FUNCTIONS = [
         "celu": ops.celu,
         "cos": ops.cos,
         "elu": ops.elu,
+        "equal_to_zero": lambda x: ops.cast(ops.equal(ops.relu(x), 0.0), "float32"),
         "erf": ops.erf,
         "exp": ops.exp,
         "floor": ops.floor,
         "gelu": ops.gelu,
         "gelu_exact": lambda x: ops.gelu(x, approximate=False),
         "hard_tanh": ops.hard_tanh,
+        "in_a_range": lambda x: x * ops.cast(ops.logical_and(x > -0.5, ops.logical_not(x > 1.0)), "float32"),
+        "is_positive": lambda x: ops.cast(x > 0, "float32"),
         "log": lambda x: ops.log(_positive(x)),
         "log1p": lambda x: ops.log1p(ops.abs(x)),
         "log_sigmoid": ops.log_sigmoid,
         "mish": lambda x: x * ops.tanh(ops.softplus(x)),
+        "modulo": lambda x: x // 0.5 + ops.mod(x, 0.5),
+        "no_nan": lambda x: ops.where(ops.isnan(x), 0.0, x),
         "power": lambda x: ops.power(_positive(x), 1.7),
         "power_2": lambda x: x**2,
         "reciprocal": lambda x: 1.0 / (ops.abs(x) + 0.5),
@@ -92,6 +100,15 @@ ARITHMETIC = [
     Case("joined_product", _joined_product, exact=True),
     Case("products_in_a_circle", _products_in_a_circle),
     Case("sums_in_a_circle", _sums_in_a_circle, exact=True),
+    Case("gated_by_another", lambda x, y: y * ops.cast(x > 0.2, "float32"), (SERIES, SERIES)),
+    Case("times_truth", lambda x: x * (x > 0), (SERIES,)),
+    Case("hypotenuse", ops.hypot, (SERIES, SERIES)),
+    Case("logarithm_of_a_sum", ops.logaddexp, (SERIES, SERIES)),
+    Case(
+        "batch_norm_by_ops",
+        lambda x: ops.batch_normalization(x, _LIMITS, _LIMITS, -1, offset=_LIMITS[::-1], scale=-_LIMITS),
+        (SERIES,),
+    ),
     Case("divide", lambda x, y: x / (ops.abs(y) + 1.0), (SERIES, SERIES)),
     Case("plus_array", lambda x: x + _TABLE, (SERIES,)),
     Case("minus_array", lambda x: ops.subtract(_TABLE, x), (SERIES,)),
@@ -121,13 +138,16 @@ REDUCTIONS = [
     Case("norm_1", lambda x: ops.norm(x, 1, -1, keepdims=True), (SERIES,)),
     Case("moments", lambda x: ops.moments(x, [1])[1], (SERIES,)),
     Case("average", lambda x: ops.average(x, 1), (SERIES,)),
+    Case("average_with_weights", lambda x: ops.average(x, 1, weights=np.arange(1.0, 17.0)), (SERIES,)),
+    Case("count_of_positive", lambda x: ops.count_nonzero(ops.relu(x), 1), (SERIES,)),
+    Case("product", lambda x: ops.prod(ops.tanh(x) + 1.0, 1), ((5, 8),)),
+    Case("trace", lambda x: ops.trace(x, 1, 1, 3), ((5, 4, 7),)),
     Case("largest_less_smallest", lambda x: ops.amax(x, 1) - ops.amin(x, 1), (SERIES,)),
     Case("average_of_squares", lambda x: layers.AveragePooling1D(2)(ops.square(x)), (SERIES,), True),
     Case(
         "average_of_swish", lambda x: layers.AveragePooling2D(4)(layers.Conv2D(8, 1, activation="swish")(x)), exact=True
     ),
 ]
-_LIMITS = np.arange(1, 9, dtype="float32") / 4
 MOVES = [
     Case("split", lambda x: ops.split(x, 2, -1)[1] * ops.split(x, 2, -1)[0], (SERIES,)),
     Case("stack", lambda x, y: ops.stack([x, y], 2), (SERIES, SERIES)),
@@ -138,6 +158,20 @@ MOVES = [
     Case("tile", lambda x: ops.tile(x, (1, 2, 1)), (SERIES,)),
     Case("flip", lambda x: ops.flip(x, 1), (SERIES,)),
     Case("roll", lambda x: ops.roll(x, 3, 1), (SERIES,)),
+    Case("quarter_turns", lambda x: ops.concatenate([ops.rot90(x, k, (1, 2)) for k in (1, 2, 3)], -1)),
+    Case("depth_to_space", lambda x: ops.depth_to_space(x, 2)),
+    Case("space_to_depth_by_ops", lambda x: ops.space_to_depth(x, 3)),
+    Case("diagonal", lambda x: ops.diagonal(x, -1, 1, 2)),
+    Case("window", lambda x: ops.slice(x, (0, 2, 1), (-1, 9, 4)), (SERIES,)),
+    Case("window_filled_in", lambda x, y: ops.slice_update(x, (0, 3, 1), y), (SERIES, (9, 4))),
+    Case("unfold", lambda x: ops.unfold(x, (2, 3), padding=1, stride=2)),
+    Case("choices", lambda x, y: ops.select([_LIMITS > 1.5, _LIMITS > 0.5], [x, y], 0.3), (SERIES, SERIES)),
+    Case("turns", lambda x: ops.fori_loop(0, 3, lambda turn, y: ops.tanh(y) + 0.5 * turn, x), (SERIES,)),
+    Case(
+        "scan",
+        lambda x: ops.scan(lambda a, b: (a + b, a + b), ops.zeros_like(x[:, 0]), ops.transpose(x, (1, 0, 2)))[0],
+        ((5, 8),),
+    ),
     Case("swapaxes", lambda x: ops.swapaxes(x, 1, 2), (SERIES,)),
     Case("moveaxis", lambda x: ops.moveaxis(x, 1, -1)),
     Case("softmax_of_rows_and_columns", lambda x: layers.Softmax(axis=(1, 2))(x)),
@@ -210,6 +244,15 @@ LAYERS = [
     Case("conv3d_dilated", lambda x: layers.Conv3D(5, 3, padding="same", dilation_rate=2)(x), (_VOLUME,), True),
     Case("average_pool_3d_same", lambda x: layers.AveragePooling3D(3, 2, "same")(x), (_VOLUME,)),
     Case("average_pool_3d", lambda x: layers.AveragePooling3D(2)(x), (_VOLUME,)),
+    Case("conv3d_of_groups", lambda x: layers.Conv3D(6, 3, groups=3, activation="relu")(x), (_VOLUME,), True),
+    Case("conv3d_transposed", lambda x: layers.Conv3DTranspose(5, (3, 2, 3), (2, 2, 1))(x), (_VOLUME,), True),
+    Case(
+        "conv3d_transposed_same",
+        lambda x: layers.Conv3DTranspose(5, 3, 2, "same", output_padding=1, activation="relu")(x),
+        (_VOLUME,),
+        True,
+    ),
+    Case("conv1d_transposed_padded", lambda x: layers.Conv1DTranspose(5, 3, 2, "same", 1)(x), (SERIES,), True),
     Case("global_average_3d", lambda x: layers.GlobalAveragePooling3D()(x), (_VOLUME,)),
     Case("global_max_3d", lambda x: layers.GlobalMaxPooling3D()(x), (_VOLUME,)),
     Case("zero_padding_3d", lambda x: layers.ZeroPadding3D(1)(x), (_VOLUME,)),
@@ -218,10 +261,24 @@ LAYERS = [
     Case("upsampling_1d", lambda x: layers.UpSampling1D(2)(x), (SERIES,)),
     Case("conv_by_ops", lambda x: ops.conv(x, _KERNEL, 2, "same"), exact=True),
     Case("depthwise_by_ops", lambda x: ops.depthwise_conv(x, _KERNEL[..., :1]), exact=True),
+    Case(
+        "separable_by_ops", lambda x: ops.separable_conv(x, _KERNEL[..., :2], _KERNEL[:1, :1].repeat(2, 2)), exact=True
+    ),
     Case("pools_by_ops", lambda x: ops.max_pool(ops.average_pool(x, 2), 2)),
     Case("adaptive_average", lambda x: layers.AdaptiveAveragePooling2D(3)(x)),
+    Case("adaptive_average_uneven", lambda x: layers.AdaptiveAveragePooling2D((5, 7))(x)),
     Case("adaptive_max_1d", lambda x: layers.AdaptiveMaxPooling1D(4)(x), (SERIES,)),
     Case("resizing_nearest", lambda x: layers.Resizing(7, 5, interpolation="nearest")(x)),
+    Case("resizing_bicubic", lambda x: ops.image.resize(x, (24, 18), interpolation="bicubic")),
+    Case("resizing_antialiased", lambda x: ops.image.resize(x, (5, 6), antialias=True)),
+    Case("resizing_cropped", lambda x: layers.Resizing(6, 4, crop_to_aspect_ratio=True)(x), ((12, 16, 8),)),
+    Case("resizing_padded", lambda x: layers.Resizing(6, 4, "lanczos3", pad_to_aspect_ratio=True)(x), ((12, 16, 8),)),
+    Case("upsampling_bicubic", lambda x: layers.UpSampling2D(2, interpolation="bicubic")(x)),
+    Case("blur", lambda x: ops.image.gaussian_blur(x, (5, 4), (1.5, 1.0))),
+    Case("fourier_of_both_axes", lambda x: ops.fft2((x, ops.zeros_like(x)))[0], (SERIES,)),
+    Case("fourier", lambda x, y: ops.concatenate(ops.fft((x, y)), -1), (SERIES, SERIES)),
+    Case("fourier_of_real", lambda x: ops.concatenate(ops.rfft(x, 12), -1), (SERIES,)),
+    Case("fourier_back", lambda x, y: ops.ifft2((x, y))[1], (SERIES, SERIES)),
     Case("center_crop", lambda x: layers.CenterCrop(4, 4)(x)),
     Case("gray", lambda x: ops.image.rgb_to_grayscale(x), ((8, 8, 3),)),
     Case("lambda", lambda x: layers.Lambda(lambda t: ops.relu(t) * 2.0 + ops.mean(t, -1, keepdims=True))(x), (SERIES,)),

@@ -7,7 +7,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tflite_export.axes import with_few_axes
 from tflite_export.memory import in_frugal_order
-from tflite_export.program import Op, Program
+from tflite_export.program import Op, Program, Tensor, unique_name
 from tflite_export.slices import crop_before_padding, is_alone, merge_slices
 
 _REDUCTIONS = ("MEAN", "REDUCE_MAX", "REDUCE_MIN")
@@ -69,6 +69,42 @@ def fold_pads(program: Program) -> Program:
                 )
         ops.append(op)
     return dataclasses.replace(program, ops=ops).without_unread_ops()
+
+
+def center_before_convolution(program: Program) -> Program:
+    """PADV2 in front of such convolutions becomes an ADD: the same integers, with the border's for the zero point.
+
+    Then SAME pads with it, and XNNPACK, which has no PADV2, computes all of it.
+    """
+    consumers, producers, tensors = program.consumers(), program.producers(), dict(program.tensors)
+    ops, centered = [], {}
+    for op in program.ops:
+        pad = producers.get(op.inputs[0])
+        if pad is not None and pad.kind == "PADV2" and pad.outputs[0] not in program.outputs.values():
+            given, border = tensors[pad.inputs[0]], int(np.ravel(tensors[pad.inputs[2]].data)[0])
+            moved = given.zero_point - border
+            readers = consumers[pad.outputs[0]]
+            fits = -128 <= moved <= 127 and all(
+                _pads_like_same(x, pad, program) and x.inputs[2] is not None for x in readers
+            )
+            if fits and pad.outputs[0] not in centered:
+                name = centered[pad.outputs[0]] = unique_name(f"{pad.inputs[0]}/centered", tensors)
+                tensors[name] = dataclasses.replace(given, name=name, zero_point=border)
+                number = Tensor(f"{name}/constant", (1,), given.dtype, given.scale, data=np.array([moved], given.dtype))
+                tensors[number.name] = dataclasses.replace(number, batched=False)
+                fused = {"fusedActivationFunction": schema.ActivationFunctionType.NONE}
+                ops.append(Op("ADD", [pad.inputs[0], number.name], [name], fused))
+            if fits:
+                weights, bias = (tensors[name] for name in op.inputs[1:3])
+                axes = (0, 1, 2) if op.kind == "DEPTHWISE_CONV_2D" else (1, 2, 3)
+                sums = np.sum(weights.data, axis=axes, dtype=np.int64)
+                # The border counted as so many steps from zero; now it is zero, and everything else counts from there.
+                name = unique_name(f"{bias.name}/centered", tensors)
+                tensors[name] = dataclasses.replace(bias, name=name, data=(bias.data - moved * sums).astype("int32"))
+                inputs = [centered[pad.outputs[0]], op.inputs[1], name]
+                op = dataclasses.replace(op, inputs=inputs, options={**op.options, "padding": schema.Padding.SAME})
+        ops.append(op)
+    return dataclasses.replace(program, ops=ops, tensors=tensors).without_unread_ops()
 
 
 def _pads_like_same(op: Op, pad: Op, program: Program) -> bool:
@@ -181,6 +217,7 @@ REWRITES = (
     merge_slices,
     crop_before_padding,
     fold_pads,
+    center_before_convolution,
     flatten_for_fully_connected,
     drop_zero_biases,
     share_numbers,

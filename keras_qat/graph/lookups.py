@@ -43,10 +43,10 @@ FLOAT_OPS = {
 LOOKUPS = {
     f"ops.{name}"
     for name in (
-        "Absolute", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctanh", "Cbrt", "Ceil", "Celu", "Clip", "Cos", "Cosh",
-        "Deg2rad", "Elu", "Erf", "Erfc", "Erfinv", "Exp", "Exp2", "Expm1", "Fabs", "Floor", "Gelu", "Greater",
-        "GreaterEqual", "HardShrink", "HardTanh", "I0", "Less", "LessEqual", "Log", "Log10", "Log1p", "Log2",
-        "LogSigmoid", "LogicalAnd", "LogicalNot", "LogicalOr", "NanToNum", "Power", "Rad2deg", "Reciprocal", "Round",
+        "Absolute", "Angle", "Arccos", "Arccosh", "Arcsin", "Arcsinh", "Arctan", "Arctanh", "Cbrt", "Ceil", "Celu", "Clip", "Cos", "Cosh",
+        "Deg2rad", "Elu", "Equal", "Erf", "Erfc", "Erfinv", "Exp", "Exp2", "Expm1", "Fabs", "Floor", "FloorDivide", "Gelu", "Greater",
+        "GreaterEqual", "HardShrink", "HardTanh", "I0", "Isfinite", "Isinf", "Isnan", "Less", "LessEqual", "Log", "Log10", "Log1p", "Log2",
+        "LogSigmoid", "LogicalAnd", "LogicalNot", "LogicalOr", "Mod", "NanToNum", "NotEqual", "Power", "Rad2deg", "Reciprocal", "Round",
         "Rsqrt", "Selu", "Sign", "Sin", "Sinc", "Sinh", "SoftShrink", "Softplus", "Softsign", "SparsePlus",
         "SparseSigmoid", "Sqrt", "Squareplus", "Tan", "TanhShrink", "Threshold", "Trunc",
     )
@@ -110,7 +110,7 @@ def _read_as(tensor, readers) -> set:
         if key in MOVES:
             types |= _read_as(reader.outputs[0], readers)
         elif key != "Constant":
-            types.add(reader and reader.outputs[0].dtype)
+            types.add(reader.outputs[0].dtype if key == "ops.Cast" else None)
     return types
 
 

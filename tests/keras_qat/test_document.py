@@ -27,7 +27,7 @@ def test_document_is_up_to_date(section):
     assert {entry.range for entry in entries if entry.ops} <= document.RANGES.keys()
     is_shown = (lambda key: hasattr(keras.layers, key)) if section == "layers" else (lambda key: "." in key)
     keys = {key for key in {**OPERATIONS, **RULES} if is_shown(key)} - _INNER
-    missing = keys - {entry.key for entry in entries}
+    missing = keys - {entry.key for entry in entries if entry.ops or entry.range}
     assert not missing, f"No call of these was found: {missing}. Give them one in _CALLS of keras_qat/document.py."
     is_current = render(entries) in document.PATH.read_text()
     assert is_current, f"{document.PATH.name} is not what the code says. Renew it: {document.COMMAND}"
@@ -81,6 +81,7 @@ USES = {
     **dict.fromkeys(("CEIL", "COS", "FLOOR", "ROUND", "SIN"), _FLOAT),  # LiteRT has no others either
     "ADD": ([x(), x()], [y()]),
     "ARG_MAX": ([x(), numbers(3)], [y(1, 4, 4, dtype="int32")], {"outputType": _INT32}),
+    "ARG_MIN": ([x(), numbers(3)], [y(1, 4, 4, dtype="int32")], {"outputType": _INT32}),
     "AVERAGE_POOL_2D": ([x()], [y(1, 3, 3, 4)], _POOL),
     "BATCH_MATMUL": ([x(), x()], [y()]),
     "BROADCAST_TO": ([x(1, 1, 4), numbers([1, 4, 4])], [y(1, 4, 4)]),

@@ -178,7 +178,8 @@ def test_pixels_go_in_as_they_are(scaling, padding):
     assert (tensor.scale, tensor.zero_point, tensor.dtype) == ((1.0,), -128, "int8")
     np.testing.assert_array_equal(tensor.quantize(np.arange(256)), np.arange(-128, 128))
     kinds = {op.kind for op in program.ops}
-    assert kinds <= {"CONV_2D", "PAD", "PADV2"} and (padding == "same" or kinds == {"CONV_2D"})
+    # Where the border is not zero any more, an ADD moves the zero point there, and XNNPACK computes all of it.
+    assert kinds <= {"CONV_2D", "ADD"} and (padding == "same" or kinds == {"CONV_2D"})
     difference = np.abs(qat(x, training=False) - model(x, training=False))
     scale = program.tensors[next(iter(program.outputs.values()))].scale[0]
     # The pad value of an input scaling with an offset is rounded to whole pixels, like any pixel.

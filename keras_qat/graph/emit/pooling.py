@@ -68,14 +68,15 @@ mean = _reduction("MEAN")
 largest, smallest = _reduction("REDUCE_MAX"), _reduction("REDUCE_MIN")
 
 
-def index_of_largest(call: Call) -> None:
-    axis = call.operation.axis % len(call.shape(call.inputs[0]))
-    call.op(
-        "ARG_MAX",
-        [call.inputs[0], call.constant("axis", axis, "int32")],
-        call.output,
-        outputType=schema.TensorType.INT32,
-    )
+def _index(kind: str):
+    def emit(call: Call) -> None:
+        axis = call.constant("axis", call.operation.axis % len(call.shape(call.inputs[0])), "int32")
+        call.op(kind, [call.inputs[0], axis], call.output, outputType=schema.TensorType.INT32)
+
+    return emit
+
+
+index_of_largest, index_of_smallest = _index("ARG_MAX"), _index("ARG_MIN")
 
 
 def global_average_pool(call: Call) -> None:

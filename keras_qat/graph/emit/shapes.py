@@ -23,6 +23,14 @@ def transpose(call: Call) -> None:
     call.op("TRANSPOSE", [call.inputs[0], order], call.output)
 
 
+def depth_to_space(call: Call) -> None:
+    call.op("DEPTH_TO_SPACE", call.inputs[:1], call.output, blockSize=call.operation.block_size)
+
+
+def space_to_depth(call: Call) -> None:
+    call.op("SPACE_TO_DEPTH", call.inputs[:1], call.output, blockSize=call.operation.block_size)
+
+
 def pad_value(node) -> float:
     """What a Pad or ZeroPadding fills in."""
     values = [*node.arguments.args[1:], node.arguments.kwargs.get("constant_values")]

@@ -30,8 +30,8 @@ def _binary(operation, args, kwargs):
     tensors = [isinstance(x, keras.KerasTensor) for x in args]
     if key in ("ops.Minimum", "ops.Maximum", "ops.Multiply") and (of_truths := truths.logic(operation, args, kwargs)):
         return of_truths
-    if key in _BINARY and any(is_tensor and x.dtype == "bool" for x, is_tensor in zip(args, tensors, strict=True)):
-        return lambda *args: _BINARY[key](*map(truths.number_of, args))
+    if key in _BINARY and (of_numbers := truths.on_numbers(_BINARY[key], args)):
+        return of_numbers
     if len(args) != 2 or all(tensors):
         return (lambda x, y: ops.multiply(x, ops.reciprocal(y))) if key == "ops.Divide" and len(args) == 2 else None
     at = tensors.index(True)
@@ -244,7 +244,74 @@ def _moments(operation, args, kwargs):
 
 
 def _average(operation, args, kwargs):
-    return (lambda x, *_: ops.mean(x, axis=operation.axis)) if len(args) == 1 and not kwargs.get("weights") else None
+    """With weights it is the sum of what is multiplied by constants."""
+    x, weights = args[0], args[1] if len(args) > 1 else kwargs.get("weights")
+    axes = _reduced_axes(operation, x)
+    if isinstance(weights, keras.KerasTensor):
+        return None
+    if weights is None:
+        return lambda x, *_, **__: ops.mean(x, axis=axes)
+    weights = np.asarray(weights, "float32")
+    if weights.ndim == 1 and len(axes) == 1:
+        weights = weights.reshape([-1 if axis == axes[0] else 1 for axis in range(len(x.shape))])
+    total = np.sum(
+        weights * np.ones([1 if size is None else size for size in x.shape]), axis=tuple(axes), keepdims=True
+    )
+    return lambda x, *_, **__: ops.sum(x * (weights / total), axis=axes)
+
+
+def _product(operation, args, kwargs):
+    """All that lies along an axis, multiplied in pairs."""
+    axes = _reduced_axes(operation, args[0])
+    if 0 in axes:
+        return None
+
+    def product(x):
+        for axis in axes:
+            parts = ops.split(x, x.shape[axis], axis=axis)
+            while len(parts) > 1:
+                pairs = zip(parts[::2], parts[1::2], strict=False)
+                parts = [*[one * other for one, other in pairs], *parts[len(parts) // 2 * 2 :]]
+            x = parts[0]
+        return x if operation.keepdims else ops.squeeze(x, axis=axes)
+
+    return product
+
+
+def _count_nonzero(operation, args, kwargs):
+    return lambda x: ops.sum(ops.cast(ops.not_equal(x, 0.0), "float32"), axis=operation.axis)
+
+
+def _log_add_exp(operation, args, kwargs):
+    """`max(x, y) + log(1 + exp(-|x - y|))`, without the limits that exp has on a grid."""
+    return lambda x, y: ops.maximum(x, y) + ops.softplus(-ops.abs(x - y))
+
+
+def _hypotenuse(operation, args, kwargs):
+    return lambda x, y: ops.sqrt(ops.square(x) + ops.square(y))
+
+
+def _batch_norm(operation, args, kwargs):
+    """By constants, or weights of a custom layer: a multiplier and an offset for each channel."""
+    x, mean, variance, *rest = args
+    offset, scale = (rest + [None, None])[:2]
+    offset, scale = kwargs.get("offset", offset), kwargs.get("scale", scale)
+    if any(isinstance(one, keras.KerasTensor) for one in (mean, variance, offset, scale)):
+        return None
+    shape = [-1 if axis == operation.axis % len(x.shape) else 1 for axis in range(len(x.shape))]
+    deviation = np.sqrt(np.asarray(variance, "float32") + operation.epsilon).reshape(shape)
+    mean, fixed = np.asarray(mean, "float32").reshape(shape), lambda one: not is_learned(one)
+
+    def normalize(x, *_, **__):
+        if fixed(scale) and fixed(offset):
+            multiplier = (1.0 if scale is None else np.asarray(scale, "float32").reshape(shape)) / deviation
+            shift = 0.0 if offset is None else np.asarray(offset, "float32").reshape(shape)
+            return x * multiplier + (shift - mean * multiplier)
+        x = x * (1.0 / deviation) + (-mean / deviation)
+        x = x if scale is None else x * scale
+        return x if offset is None else x + offset
+
+    return normalize if fixed(offset) and fixed(scale) or shape[-1] == -1 else None
 
 
 def _alias(function):
@@ -258,12 +325,17 @@ RULES = {
     "ops.Amax": _alias(ops.max),
     "ops.Amin": _alias(ops.min),
     "ops.Average": _average,
+    "ops.BatchNorm": _batch_norm,
     "ops.Clip": _clip,
+    "ops.CountNonzero": _count_nonzero,
     "ops.Cumsum": _cumulative_sum,
+    "ops.Hypot": _hypotenuse,
+    "ops.Logaddexp": _log_add_exp,
     "ops.Moments": _moments,
     "ops.Norm": _norm,
     "ops.Square": _square,
     "ops.Power": _power,
+    "ops.Prod": _product,
     "ops.Negative": _negative,
     "ops.Mean": _mean,
     "ops.Sum": _sum,

@@ -58,7 +58,7 @@ def _conv_1d_transpose(layer, args, kwargs):
         (1, layer.kernel_size[0]),
         strides=(1, layer.strides[0]),
         padding=layer.padding,
-        output_padding=None if layer.output_padding is None else (0, layer.output_padding),
+        output_padding=None if layer.output_padding is None else (0, *layer.output_padding),
         use_bias=layer.use_bias,
         kernel_regularizer=layer.kernel_regularizer,
         bias_regularizer=layer.bias_regularizer,
@@ -114,6 +114,15 @@ def _conv_transpose(operation, shape, rank):
     return layer(shape[-2], shape[:rank], output_padding=operation.output_padding, **_options(operation))
 
 
+def _separable_by_ops(operation, args, kwargs):
+    """`ops.separable_conv`: depthwise, then pointwise."""
+    kernels = [*args[1:], *kwargs.values()]
+    if len(kernels) != 2 or any(isinstance(kernel, keras.KerasTensor) for kernel in kernels):
+        return None
+    options = {name: getattr(operation, name) for name in ("strides", "padding", "data_format", "dilation_rate")}
+    return lambda x, *_, **__: ops.conv(ops.depthwise_conv(x, kernels[0], **options), kernels[1])
+
+
 RULES = {
     "Conv1DTranspose": _conv_1d_transpose,
     "SeparableConv1D": _separable_conv,
@@ -121,4 +130,5 @@ RULES = {
     "ops.Conv": _with_kernel(_conv),
     "ops.ConvTranspose": _with_kernel(_conv_transpose),
     "ops.DepthwiseConv": _with_kernel(_depthwise_conv),
+    "ops.SeparableConv": _separable_by_ops,
 }

@@ -10,11 +10,11 @@ _GRAY = [[0.2989], [0.5870], [0.1140]]
 
 
 def _resizing(layer, args, kwargs):
-    if layer.crop_to_aspect_ratio or layer.pad_to_aspect_ratio or layer.antialias:
-        return None
     if layer.data_format != "channels_last" or len(args[0].shape) != 4:
         return None
-    return lambda x: ops.image.resize(x, (layer.height, layer.width), interpolation=layer.interpolation)
+    names = "interpolation", "antialias", "crop_to_aspect_ratio", "pad_to_aspect_ratio", "fill_mode", "fill_value"
+    options = {name: getattr(layer, name) for name in names}
+    return lambda x: ops.image.resize(x, (layer.height, layer.width), **options)
 
 
 def _center_crop(layer, args, kwargs):

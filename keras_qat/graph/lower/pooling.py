@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_qat.graph.lower.attention import masked
+from keras_qat.graph.lower.linear_maps import adaptive_average
 from keras_qat.graph.lower.truths import truth_of
 from keras_qat.primitives import Constant
 
@@ -26,12 +27,14 @@ def _pool(layers):
 
 
 def _adaptive(layers):
-    """Where the size is a multiple of the result's, all windows are alike."""
+    """Where the size is a multiple of the result's, all windows are alike; else averages are two products with matrices."""
 
     def rule(layer, args, kwargs):
         sizes = args[0].shape[1:-1]
         results = layer.output_size if hasattr(layer.output_size, "__len__") else (layer.output_size,) * len(sizes)
-        if layer.data_format != "channels_last" or any(size % result for size, result in zip(sizes, results)):
+        if any(size % result for size, result in zip(sizes, results)):
+            return adaptive_average(layer, args[0]) if layers is _AVERAGE else None
+        if layer.data_format != "channels_last":
             return None
         window = tuple(size // result for size, result in zip(sizes, results))
         return layers[len(sizes)](window, name=layer.name)

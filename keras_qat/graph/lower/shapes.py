@@ -1,5 +1,6 @@
 """Moving, cutting and joining."""
 
+import itertools
 import math
 
 import keras
@@ -100,6 +101,105 @@ def _roll(operation, args, kwargs):
         return x
 
     return roll
+
+
+def _rot_90(operation, args, kwargs):
+    """A quarter turn from the first axis to the second: they change places, and one of them is reversed."""
+    first, second = (axis % len(args[0].shape) for axis in operation.axes)
+    turns = operation.k % 4
+
+    def rotate(x):
+        for axis in {1: [second], 2: [first, second], 3: [first]}.get(turns, []):
+            x = ops.flip(x, axis)
+        return ops.swapaxes(x, first, second) if turns % 2 else x
+
+    return rotate
+
+
+def _diagonal(operation, args, kwargs):
+    """Its places among those of both axes, one behind the other."""
+    rank = len(args[0].shape)
+    axes = operation.axis1 % rank, operation.axis2 % rank
+    order = [axis for axis in range(rank) if axis not in axes] + list(axes)
+    *kept, rows, columns = (args[0].shape[axis] for axis in order)
+    places = np.diagonal(np.arange(rows * columns).reshape(rows, columns), operation.offset).tolist()
+    return lambda x: ops.take(ops.reshape(ops.transpose(x, order), (-1, *kept[1:], rows * columns)), places, axis=-1)
+
+
+def _trace(operation, args, kwargs):
+    return lambda x: ops.sum(ops.diagonal(x, operation.offset, operation.axis1, operation.axis2), axis=-1)
+
+
+def _window(x, begin, sizes) -> list[slice] | None:
+    """What a slice of this shape that begins at these constants takes from each axis, all of the batch."""
+    if isinstance(begin, keras.KerasTensor) or any(isinstance(one, keras.KerasTensor) for one in begin):
+        return None
+    begin, first = [int(one) for one in begin], sizes[0]
+    if begin[0] != 0 or not (first is None or first == -1 or first == x.shape[0]):
+        return None
+    sizes = [
+        full - at if size == -1 else size for full, at, size in zip(x.shape[1:], begin[1:], sizes[1:], strict=True)
+    ]
+    return [slice(None), *[slice(at, at + size) for at, size in zip(begin[1:], sizes, strict=True)]]
+
+
+def _slice(operation, args, kwargs):
+    window = _window(args[0], args[1], operation.shape)
+    return window and (lambda x, *_: x[tuple(window)])
+
+
+def _slice_update(operation, args, kwargs):
+    """What lies in front of the window and behind it, joined with what comes in, one axis within the other."""
+    x, begin, updates = args
+    window = _window(x, begin, updates.shape)
+    if not window or not all(isinstance(one, keras.KerasTensor) for one in (x, updates)):
+        return None
+
+    def update(x, _, updates):
+        def filled(part, axis):
+            if axis == len(window):
+                return updates
+            cut, size, rank = window[axis], part.shape[axis], len(window)
+            if axis == 0 or (cut.start == 0 and cut.stop == size):
+                return filled(part, axis + 1)
+            inside = filled(part[_at(axis, cut, rank)], axis + 1)
+            outer = [part[_at(axis, slice(0, cut.start), rank)]], [part[_at(axis, slice(cut.stop, None), rank)]]
+            front, back = outer[0] if cut.start else [], outer[1] if cut.stop < size else []
+            return ops.concatenate([*front, inside, *back], axis=axis)
+
+        return filled(x, 0)
+
+    return update
+
+
+def _unfold(operation, args, kwargs):
+    """Windows of an image whose channels come first, as columns."""
+    size, dilation, padding, stride = map(
+        _pair, (operation.kernel_size, operation.dilation, operation.padding, operation.stride)
+    )
+    channels, *sides = args[0].shape[1:]
+    counts = [
+        (side + 2 * pad - rate * (reach - 1) - 1) // step + 1
+        for side, pad, rate, reach, step in zip(sides, padding, dilation, size, stride, strict=True)
+    ]
+
+    def unfold(x):
+        x = ops.pad(x, [(0, 0), (0, 0), *[(pad, pad) for pad in padding]]) if any(padding) else x
+        pixels = []
+        for place in itertools.product(*map(range, size)):
+            begins = [one * rate for one, rate in zip(place, dilation, strict=True)]
+            rows, columns = (
+                slice(begin, begin + (count - 1) * step + 1, step)
+                for begin, count, step in zip(begins, counts, stride, strict=True)
+            )
+            pixels.append(ops.reshape(x[:, :, rows, columns], (-1, channels, 1, math.prod(counts))))
+        return ops.reshape(ops.concatenate(pixels, axis=2), (-1, channels * len(pixels), math.prod(counts)))
+
+    return unfold
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def _repeat_vector(layer, args, kwargs):
@@ -252,6 +352,7 @@ RULES = {
     "ReversibleEmbedding": _reversible_embedding,
     "ops.Append": _append,
     "ops.Concatenate": _join,
+    "ops.Diagonal": _diagonal,
     "ops.Diff": _difference,
     "ops.Flip": _flip,
     "ops.Moveaxis": _move_axes,
@@ -260,14 +361,19 @@ RULES = {
     "ops.OnesLike": _filled,
     "ops.Repeat": _repeat,
     "ops.Roll": _roll,
+    "ops.Rot90": _rot_90,
+    "ops.Slice": _slice,
+    "ops.SliceUpdate": _slice_update,
     "ops.Softmax": _softmax,
     "ops.Split": _split,
     "ops.Stack": _join,
     "ops.Swapaxes": _swap_axes,
     "ops.Take": _take,
     "ops.Tile": _tile,
+    "ops.Trace": _trace,
     "ops.Tril": _triangle,
     "ops.Triu": _triangle,
+    "ops.Unfold": _unfold,
     "ops.Unstack": _unstack,
     "ops.ZerosLike": _filled,
 }

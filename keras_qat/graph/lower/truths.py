@@ -20,9 +20,15 @@ def truth_of(x):
     return x if x.dtype == "bool" else Comparison("not_equal", name="truth")(x)
 
 
-def number_of(x):
-    """1 where a tensor of truth values is true, 0 elsewhere; anything else itself."""
-    return Number(name="number")(x) if isinstance(x, keras.KerasTensor) and x.dtype == "bool" else x
+def on_numbers(function, args):
+    """A function whose arguments become 1 where they are true and 0 elsewhere, if they are of the kind of these ones: truth
+    values. What comes of values on a grid is looked up."""
+    flags = [isinstance(x, keras.KerasTensor) and x.dtype == "bool" for x in args]
+    to_number = [
+        (Number(name="number") if counts(x) else lambda x: ops.cast(x, "float32")) if is_flag else lambda x: x
+        for x, is_flag in zip(args, flags, strict=True)
+    ]
+    return (lambda *args: function(*[f(x) for f, x in zip(to_number, args, strict=True)])) if any(flags) else None
 
 
 def chosen(keep, one, other=0.0):
@@ -71,7 +77,7 @@ def logic(operation, args, kwargs):
     function = _LOGIC_OF_NUMBERS.get(function, function)
     tensors = [x for x in args if isinstance(x, keras.KerasTensor)]
     others = [np.asarray(x) for x in args if not isinstance(x, keras.KerasTensor)]
-    if not tensors or not all(map(is_index, tensors)) or not all(np.all((x == 0) | (x == 1)) for x in others):
+    if not tensors or not all(map(counts, tensors)) or not all(np.all((x == 0) | (x == 1)) for x in others):
         return None
 
     def combined(*args):
@@ -84,14 +90,26 @@ def logic(operation, args, kwargs):
 
 def _not(operation, args, kwargs):
     """Of truth values that come from whole numbers."""
-    return (lambda x: Not(name=operation.name)(truth_of(x))) if is_index(args[0]) else None
+    return (lambda x: Not(name=operation.name)(truth_of(x))) if counts(args[0]) else None
+
+
+def _select(operation, args, kwargs):
+    """The first choice whose condition holds: one where within the other."""
+
+    def select(conditions, choices, default=0):
+        result = default
+        for condition, choice in reversed(list(zip(conditions, choices, strict=True))):
+            result = ops.where(condition, choice, result)
+        return result
+
+    return select
 
 
 def _cast(operation, args, kwargs):
     """Between whole numbers and truth values. Truth values that become whole numbers stay what they are."""
     x, wanted = args[0], operation.dtype
     if x.dtype == "bool" and wanted.startswith(("float", "bfloat")):
-        return Number(name=operation.name)
+        return Number(name=operation.name) if counts(x) else None  # of values on a grid it is looked up
     if not is_index(x) or wanted not in ("bool", "int8", "uint8", "int32", "int64"):
         return None
     return truth_of if wanted == "bool" else lambda x: x
@@ -106,4 +124,5 @@ RULES = {
     **{_class_name(function): logic for function in CONNECTIVES},
     "ops.Cast": _cast,
     "ops.LogicalNot": _not,
+    "ops.Select": _select,
 }

@@ -3,7 +3,10 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
+
+from keras_qat.graph.lower.activations import symbolic
 
 
 def _slices(x) -> list:
@@ -23,8 +26,10 @@ def _windows(size: int, window: int, stride: int, padding: str) -> list[range]:
 def _conv_3d(layer, args, kwargs):
     """For each slice of the result a Conv2D over the channels of all slices it reads; one layer, called for each."""
     depth, height, width, channels, filters = layer.kernel.shape
-    if layer.data_format != "channels_last" or layer.groups != 1:
+    if layer.data_format != "channels_last":
         return None
+    if layer.groups > 1:
+        return _conv_3d_of_groups(layer)
     conv = keras.layers.Conv2D(
         filters,
         (height, width),
@@ -53,6 +58,73 @@ def _conv_3d(layer, args, kwargs):
         slices = _slices(ops.pad(x, pad) if any(map(any, pad)) else x)
         windows = [window[::rate] for window in _windows(len(slices), reach, stride, "valid")]
         return ops.stack([conv(ops.concatenate([slices[n] for n in window], -1)) for window in windows], axis=1)
+
+    return convolve
+
+
+def _conv_3d_of_groups(layer):
+    """A Conv3D for each group of channels."""
+    convs, groups, per_group = [], layer.groups, layer.filters // layer.groups
+    for group in range(groups):
+        of_result = slice(group * per_group, (group + 1) * per_group)
+        conv = keras.layers.Conv3D.from_config(
+            {**layer.get_config(), "groups": 1, "filters": per_group, "name": f"group_{group}", "activation": None}
+        )
+        conv.build((None, None, None, None, layer.kernel.shape[-2]))
+        conv.kernel.assign(layer.kernel[..., of_result])
+        if layer.use_bias:
+            conv.bias.assign(layer.bias[of_result])
+        convs.append(conv)
+    activation = symbolic(layer.activation)
+    return lambda x: activation(
+        ops.concatenate([conv(part) for conv, part in zip(convs, ops.split(x, groups, axis=-1), strict=True)], axis=-1)
+    )
+
+
+def _conv_3d_transpose(layer, args, kwargs):
+    """For each slice of the result a Conv2DTranspose over the channels of all slices that reach it.
+
+    Slice `k` of the kernel writes the slices `n · stride + k` of the result. The slices of the kernel with the same remainder
+    by the stride are one layer, which is called for each of theirs.
+    """
+    depth, height, width, filters, channels = layer.kernel.shape
+    size, stride = args[0].shape[1], layer.strides[0]
+    if layer.data_format != "channels_last" or any(rate != 1 for rate in layer.dilation_rate) or depth < stride:
+        return None
+    result = layer.compute_output_shape(args[0].shape)[1]
+    # The same as the convolution whose gradient it is would leave out in front.
+    cut = max((size - 1) * stride + depth - result, 0) // 2 if layer.padding == "same" else 0
+    kernel, convs = np.asarray(layer.kernel), []
+    for first in range(stride):
+        read = kernel[first::stride][::-1]  # the last one comes from the slice furthest in front
+        conv = keras.layers.Conv2DTranspose(
+            filters,
+            (height, width),
+            strides=layer.strides[1:],
+            padding=layer.padding,
+            output_padding=None if layer.output_padding is None else layer.output_padding[1:],
+            use_bias=layer.use_bias,
+            kernel_regularizer=layer.kernel_regularizer,
+            bias_regularizer=layer.bias_regularizer,
+            trainable=layer.trainable,
+            name=f"{layer.name}_{first}",
+        )
+        conv.build((None, None, None, len(read) * channels))
+        conv.kernel.assign(np.transpose(read, (1, 2, 3, 0, 4)).reshape(height, width, filters, len(read) * channels))
+        if layer.use_bias:
+            conv.bias.assign(layer.bias)
+        convs.append((conv, len(read)))
+    most, activation = -(-depth // stride), symbolic(layer.activation)
+
+    def convolve(x):
+        behind = max((result - 1 + cut) // stride - size + 1, 0)
+        slices = _slices(ops.pad(x, [[0, 0], [most - 1, behind], [0, 0], [0, 0], [0, 0]]))
+        results = []
+        for place in range(cut, cut + result):
+            conv, count = convs[place % stride]
+            last = place // stride + most - 1
+            results.append(conv(ops.concatenate(slices[last - count + 1 : last + 1], axis=-1)))
+        return activation(ops.stack(results, axis=1))
 
     return convolve
 
@@ -113,6 +185,7 @@ def _up_sampling_3d(layer, args, kwargs):
 RULES = {
     "AveragePooling3D": _average_pool_3d,
     "Conv3D": _conv_3d,
+    "Conv3DTranspose": _conv_3d_transpose,
     "GlobalAveragePooling3D": _global_average_3d,
     "GlobalMaxPooling3D": _global_max_3d,
     "MaxPooling3D": _max_pool_3d,
