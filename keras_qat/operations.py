@@ -400,6 +400,7 @@ OPERATIONS: dict[str, Row] = {
     "SpatialDropout2D": _TRAINING_ONLY,
     "GaussianDropout": _TRAINING_ONLY,
     "GaussianNoise": _TRAINING_ONLY,
+    **dict.fromkeys(("AugMix", "CutMix", "MixUp", "RandAugment", "Solarization"), _TRAINING_ONLY),
     **{
         f"Random{what}": _TRAINING_ONLY
         for what in [
