@@ -207,7 +207,7 @@ def narrowest_hair(step: np.ndarray, input_scale: float, output_scale: float) ->
     D = 972, reference kernels lift 167.5 - 1 / D too.)
     """
     given, read, written = np.float32(step / np.float32(input_scale)), np.float32(input_scale), np.float32(output_scale)
-    divisor = np.round(written / step)
+    divisor = np.round(np.minimum(np.float64(written) / step, 2 * MOST_STEPS))
     hair = step * divisor / np.float64(written) - 1.0
     scale = np.float32(np.float64(written) / divisor / read * (1.0 - 2e-7))
     found = np.zeros(scale.shape, bool)
