@@ -67,6 +67,7 @@ class FakeQuant(keras.layers.Layer):
         factors=None,
         constant=1.0,
         count=1,
+        square=False,
         terms=None,
         signs=(),
         stretch=None,
@@ -85,6 +86,7 @@ class FakeQuant(keras.layers.Layer):
                 all kernels round products alike.
             constant: The scale of a constant factor.
             count: How many values a mean is over (see `ties.snap_to_kernels`).
+            square: It is the product of a tensor and itself (see `ties.snap_to_kernels`).
             terms: For both terms of each sum that is written to this grid what a peek at its own grid returned, or None
                 where that is this grid; at inference its range is moved to where all kernels add alike. (Peeks alone
                 take them, because that takes time.)
@@ -96,7 +98,7 @@ class FakeQuant(keras.layers.Layer):
             and the scale.
         """
         if peek:
-            return self._peek(factors, constant, count, None if training else terms, signs)
+            return self._peek(factors, (constant, count, square), None if training else terms, signs)
         x = ops.cast(x, "float32")
         if _calibrating.get():
             if observe and self.quantizer.observes:
@@ -110,7 +112,7 @@ class FakeQuant(keras.layers.Layer):
         if not self.rounds:
             return x, scale
         if factors is not None:
-            low, high, scale, quarter_step = self._snapped(low, high, factors, constant, count)
+            low, high, scale, quarter_step = self._snapped(low, high, factors, constant, count, square)
             if rounding == "product":  # not what only shares the grid of products
                 x = x + quarter_step * ops.stop_gradient(ops.sign(x))
         if stretch is not None and not training:
@@ -124,11 +126,11 @@ class FakeQuant(keras.layers.Layer):
         precise = rounding == "precise" and not training
         return numerics.fake_quant(x, low, high, self.spec, nonnegative, precise), scale
 
-    def _peek(self, factors, constant, count, terms, signs):
+    def _peek(self, factors, of, terms, signs):
         low, high, scale = numerics.grid(*self.quantizer.known_limits(), self.spec)
         stretch = ops.ones(())
         if factors is not None:
-            low, high, *_ = self._snapped(low, high, factors, constant, count)
+            low, high, *_ = self._snapped(low, high, factors, *of)
         if terms is not None:
             grids = [ops.zeros((2,)) if term is None else ops.stack([term[1], term[0][1]]) for term in terms]
             stretch = ties.stretch_of_sums(
@@ -138,16 +140,17 @@ class FakeQuant(keras.layers.Layer):
         scale, zero_point = numerics.scale_and_zero_point(low, high, self.spec)
         return ops.stack([stretch, ops.cast(zero_point, "float32")]), scale
 
-    def _snapped(self, low, high, factors, constant, count):
+    def _snapped(self, low, high, factors, constant, count, square):
         """See `ties.snapped_grid`."""
         step = constant * math.prod(factors[1:], start=factors[0])
-        return ties.snapped_grid(low, high, self.spec, step, count)
+        return ties.snapped_grid(low, high, self.spec, step, count, square)
 
-    def parameters(self, factors=None, constant=1.0, count=1, terms=None, signs=()) -> tuple[float, int]:
+    def parameters(self, factors=None, constant=1.0, count=1, square=False, terms=None, signs=()) -> tuple[float, int]:
         """The scale and the zero point as the file gets them. `terms` are scales and zero points, see `call`."""
         low, high = numerics.widen(*[np.float32(limit) for limit in self.quantizer.known_limits(np.float32(0))])
         if factors is not None:
-            low, high, *_ = self._snapped(low, high, [np.float32(factor) for factor in factors], constant, count)
+            factors = [np.float32(factor) for factor in factors]
+            low, high, *_ = self._snapped(low, high, factors, constant, count, square)
         if terms is not None:  # the search that inference makes, by the same operations
             grids = np.reshape([(0.0, 0.0) if term is None else term for term in terms], (-1, 2, 2)).astype("float32")
             searched = _stretch_of_sums(

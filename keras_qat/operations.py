@@ -115,6 +115,11 @@ def _both_inputs(node, scales):
     return {"factors": scales}
 
 
+def _product_factors(node, scales):
+    one, other = node.input_tensors
+    return {"factors": scales, **({"square": True} if one is other else {})}
+
+
 def _mean_factors(node, scales):
     count = pooling.values_per_mean(node)
     return {"factors": scales[:1], "constant": 1.0 / count, "count": count} if _is_mean(node) else None
@@ -303,7 +308,7 @@ OPERATIONS: dict[str, Row] = {
     "ops.Add": Row("ADD", "own", arithmetic.add, fuses=True, refuses=_two_tensors),
     "ops.Subtract": Row("SUB", "own", arithmetic.subtract, fuses=True, refuses=_two_tensors),
     "Sum": Row("ADD / SUB", "own", arithmetic.sum_of_two, fuses=True),
-    "ops.Multiply": Row("MUL", "own", arithmetic.multiply, fuses=True, refuses=_two_tensors, factors=_both_inputs),
+    "ops.Multiply": Row("MUL", "own", arithmetic.multiply, fuses=True, refuses=_two_tensors, factors=_product_factors),
     "ops.Maximum": Row("MAXIMUM", "same", arithmetic.maximum, refuses=_two_tensors),
     "ops.Minimum": Row("MINIMUM", "same", arithmetic.minimum, refuses=_two_tensors),
     # activations

@@ -17,7 +17,7 @@ from keras_qat.traced_once import traced_once
 
 
 @traced_once
-def snapped_grid(low, high, spec: Spec, step, count: int = 1):
+def snapped_grid(low, high, spec: Spec, step, count: int = 1, square: bool = False):
     """A range made a little wider, to where all kernels round what they write there alike (see `snap_to_kernels`).
 
     Args:
@@ -25,12 +25,13 @@ def snapped_grid(low, high, spec: Spec, step, count: int = 1):
         spec: The bits.
         step: The real value of one step of the accumulator.
         count: How many values a mean is over.
+        square: What is written is the product of a tensor and itself.
 
     Returns:
         `(low, high, scale, quarter_step)`, the last one being what decides ties (see `Quantized`), or zero.
     """
     scale, _ = scale_and_zero_point(low, high, spec)
-    moved_step, moved = snap_to_kernels(step, scale, FEWEST_STEPS, "down", count)
+    moved_step, moved = snap_to_kernels(step, scale, FEWEST_STEPS, "down", count, square)
     ratio = step / moved_step
     low, high = low * ratio, high * ratio
     return low, high, scale_and_zero_point(low, high, spec)[0], 0.25 * step * moved
@@ -135,7 +136,7 @@ FEWEST_STEPS = 6.0  # the smallest even number with room below the next power of
 
 
 @traced_once
-def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1):
+def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1, square: bool = False):
     """Moves the accumulator's step a little, to where all kernels round alike.
 
     XNNPACK rounds `accumulator · M` once, `M = step / output_scale`. TFLM and LiteRT's reference kernels round twice:
@@ -147,17 +148,21 @@ def snap_to_kernels(step, output_scale, fewest: float, move: str, count: int = 1
     MEAN splits M into a ratio of scales and `1 / count`, and takes s from the rounded-down logarithms of both. There D
     must not be too close above a power of two either (see `has_divisors`).
 
+    MUL of a tensor and itself is a table for XNNPACK: it adds the zero point, -128, before it rounds in float32, which
+    loses a hair below 4e-6 of a step. There D must be one at which no whole number's square is so close to a tie.
+
     Args:
         step: Real value of one step of the accumulator, per channel.
         output_scale: Of the tensor that is written.
         fewest: Channels are moved where `1 / M` is from this (at least 6) to 8192.
         move: "up" only ever makes steps larger, "down" smaller, "nearest" either.
         count: How many values a MEAN is over.
+        square: What is written is the product of a tensor and itself.
 
     Returns:
         The moved steps, and for each channel 1.0 if it was moved, else 0.0.
     """
-    divisor = kernel_divisor(output_scale / step, fewest, move, count)
+    divisor = kernel_divisor(output_scale / step, fewest, move, count, square)
     moved = step * MOST_STEPS >= output_scale
     if move != "down":
         moved = ops.logical_and(step * fewest <= output_scale, moved)
@@ -182,10 +187,10 @@ def snap_by_integers(step, integers, output_scale):
     return step, ops.where(moved, ops.round(integers * (divisor / wanted)), integers), ops.cast(moved, "float32")
 
 
-def kernel_divisor(wanted, fewest: float, move: str, count: int = 1):
+def kernel_divisor(wanted, fewest: float, move: str, count: int = 1, square: bool = False):
     """The even number D next to `wanted` with which all kernels round alike (see `snap_to_kernels`)."""
     wanted = ops.clip(wanted, max(fewest, _smallest_divisor(count)), MOST_STEPS)
-    below, above = (table[wanted] for table in _divisors(count))
+    below, above = (table[wanted] for table in _divisors(count, square))
     if move == "up":
         return below
     if move == "down":
@@ -240,24 +245,36 @@ class _Table:
 
 
 @functools.cache
-def _divisors(count: int) -> tuple[_Table, _Table]:
+def _divisors(count: int, square: bool) -> tuple[_Table, _Table]:
     """For each even number up to `MOST_STEPS` the next D below (or the number itself), and the next one above that."""
-    even = np.arange(0.0, MOST_STEPS + 1.0, 2.0, dtype="float32")
+    even = np.arange(2.0, 2.0 * MOST_STEPS + 1.0, 2.0, dtype="float32")
     power = _next_power_of_two(even)
-    below = np.minimum(even, _highest_below(power))
-    below = np.where(below < _lowest_above(power, count), _highest_below(0.5 * power), below)
-    octave = _next_power_of_two(below)
-    above = np.where(below + 2.0 > _highest_below(octave), _lowest_above(2.0 * octave, count), below + 2.0)
-    return _Table(below), _Table(above)
+    found = even[(even <= _highest_below(power)) & (even >= _lowest_above(power, count))]
+    if square:
+        found = found[~_has_squares_at_ties(found)]
+    place = np.searchsorted(found, np.arange(0.0, MOST_STEPS + 1.0, 2.0), side="right") - 1
+    return _Table(found[np.maximum(place, 0)]), _Table(found[np.maximum(place, 0) + 1])
+
+
+def _has_squares_at_ties(divisor: np.ndarray) -> np.ndarray:
+    """Whether a square of a difference of two integers is at a tie that its hair does not lift out of float32's last place."""
+    tie = np.arange(256) + 0.5
+    is_lost = np.outer(_hair(divisor), tie) < 4e-6
+    return np.any(is_lost & np.isin(np.outer(divisor, tie), np.arange(256.0) ** 2), axis=1)
 
 
 @functools.cache
 def _parts() -> _Table:
     """`one_part_of` every even number."""
     divisor = np.arange(2.0, 2.0 * MOST_STEPS + 1.0, 2.0, dtype="float32")
-    distance = 1.0 / divisor - 1.0 / _next_power_of_two(divisor)
-    parts = (1.0 + np.maximum(0.5 * distance / 255.5, _SMALLEST_HAIR)) / divisor
+    parts = (1.0 + _hair(divisor)) / divisor
     return _Table(np.concatenate([parts[:1], parts]))
+
+
+def _hair(divisor: np.ndarray) -> np.ndarray:
+    """Half of the way to where double rounding would lift the next integer too, at the largest result."""
+    distance = 1.0 / divisor - 1.0 / _next_power_of_two(divisor)
+    return np.maximum(0.5 * distance / 255.5, _SMALLEST_HAIR)
 
 
 @functools.cache

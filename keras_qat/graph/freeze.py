@@ -82,7 +82,14 @@ class _Pending:
     shape: tuple = ()
 
 
-_OF_A_GRID = ("factors", "constant", "count", "terms", "signs")  # arguments of a FakeQuant's call that move its range
+_OF_A_GRID = (
+    "factors",
+    "constant",
+    "count",
+    "square",
+    "terms",
+    "signs",
+)  # arguments of a FakeQuant's call that move its range
 
 
 class _Freezer:

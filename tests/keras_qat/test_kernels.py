@@ -233,6 +233,25 @@ def test_rescale_rounds_once(runtime, same_grid):
     assert not differing(ops.run(runtime), expected)
 
 
+# --- MUL of a tensor and itself ------------------------------------------------------------------------------------------
+
+
+@each_runtime
+def test_squares_round_alike_on_a_moved_scale(runtime):
+    """Divisors at which the square of a whole number is half a step, among them, and those that take their place."""
+    ops, expected = OpsInParallel(), []
+    for (scale, zero_point), divisor in zip(random_grids(60, seed=9), 66 + 2 * np.arange(60), strict=True):
+        step = np.float32(scale) * np.float32(scale)
+        moved, is_moved = ties.snap_to_kernels(step, step * divisor, ties.FEWEST_STEPS, "down", 1, True)
+        assert is_moved == 1 and round(float(step * divisor / moved)) >= divisor
+        written = float(np.float32(step * (step * divisor / moved)))
+        ops.add("MUL", ALL_INT8, (scale, zero_point), (256,), (written, -128))
+        ops.program.ops[-1].inputs *= 2
+        exact = (ALL_INT8.astype(float) - zero_point) ** 2 * np.float64(scale) ** 2 / written
+        expected.append(np.clip(np.floor(exact + 0.5) - 128, -128, 127).astype(int))
+    assert not differing(ops.run(runtime), expected)
+
+
 # --- ADD and SUB -----------------------------------------------------------------------------------------------------
 
 
