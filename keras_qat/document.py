@@ -153,6 +153,7 @@ _CALLS: dict[str, Callable] = {
     "ops.std": lambda x: ops.std(x, axis=-1),
     "ops.sum": lambda x: ops.sum(x, axis=-1),
     "ops.take": lambda x: ops.take(x, np.array([0, 2]), axis=1),
+    "ops.take_along_axis": lambda x: ops.take_along_axis(x, np.zeros((1, 1, 4), "int32"), axis=1),
     "ops.tensordot (x, constant)": lambda x: ops.tensordot(x, np.full((4, 4), 0.5, "float32"), axes=1),
     "ops.tile": lambda x: ops.tile(x, (1, 2, 1)),
     "ops.trace": lambda x: ops.trace(x, 0, 1, 2),

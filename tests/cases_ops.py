@@ -8,6 +8,7 @@ _MATRIX = np.random.default_rng(0).normal(size=(8, 5)).astype("float32")
 _TABLE = np.random.default_rng(1).normal(size=(16, 8)).astype("float32")
 
 
+_PLACES = np.random.default_rng(4).integers(0, 16, (1, 5, 8))
 _LIMITS = np.arange(1, 9, dtype="float32") / 4
 
 
@@ -153,6 +154,7 @@ MOVES = [
     Case("stack", lambda x, y: ops.stack([x, y], 2), (SERIES, SERIES)),
     Case("unstack", lambda x: ops.unstack(x, axis=1)[3], (SERIES,)),
     Case("take", lambda x: ops.take(x, [0, 3, -1], axis=1), (SERIES,)),
+    Case("take_along_axis", lambda x: ops.take_along_axis(x, _PLACES, axis=1), (SERIES,)),
     Case("where_of_a_mask", lambda x, y: ops.where(np.arange(8) % 2 == 0, x, y), (SERIES, SERIES)),
     Case("repeat", lambda x: ops.repeat(x, 2, 1), (SERIES,)),
     Case("tile", lambda x: ops.tile(x, (1, 2, 1)), (SERIES,)),

@@ -345,8 +345,8 @@ def _run_users_call(call, composite, args, kwargs):
             return run_on_two_batches(lambda size: run_call(call, composite, args, kwargs, size))
         except DependsOnBatch:
             raise
-        except Exception:
-            raise error from None
+        except Exception as later:  # an error about None tells less than what comes behind it
+            raise (later if "None" in str(error) else error) from None
 
 
 def run_call(call, composite, args, kwargs, batch=None):

@@ -240,6 +240,21 @@ def _take(operation, args, kwargs):
     return lambda _, ids: ops.take(table(ids), ops.cast(ids, "int32"), axis=0)
 
 
+def _take_along_axis(operation, args, kwargs):
+    """By constant places, alike for all samples: a GATHER from all numbers of a sample."""
+    x, places = args[0], args[1] if len(args) > 1 else kwargs.get("indices")
+    if isinstance(places, keras.KerasTensor) or operation.axis in (None, 0, -len(x.shape)) or np.shape(places)[0] != 1:
+        return None
+    sizes, axis = list(x.shape[1:]), operation.axis % len(x.shape) - 1
+    numbers, places = np.arange(math.prod(sizes)).reshape(sizes), np.asarray(places)[0]
+    found = np.take_along_axis(
+        numbers, np.broadcast_to(places, [*sizes[:axis], places.shape[axis], *sizes[axis + 1 :]]), axis
+    )
+    return lambda x, *_, **__: ops.reshape(
+        ops.take(ops.reshape(x, (-1, numbers.size)), found.ravel().tolist(), axis=1), (-1, *found.shape)
+    )
+
+
 def _one_hot(operation, args, kwargs):
     """Rows of an identity matrix."""
     if not is_index(args[0]) or args[0].dtype == "bool":
@@ -369,6 +384,7 @@ RULES = {
     "ops.Stack": _join,
     "ops.Swapaxes": _swap_axes,
     "ops.Take": _take,
+    "ops.TakeAlongAxis": _take_along_axis,
     "ops.Tile": _tile,
     "ops.Trace": _trace,
     "ops.Tril": _triangle,
