@@ -184,11 +184,16 @@ class OwnWeights(layers.Layer):
         return ops.einsum("abc,cde->abde", x, self.mix)
 
 
-_SERIES = (5, 8)
+_SERIES, _VOLUME = (5, 8), (3, 4, 4, 2)
+_OF_KERNEL = {"kernel_regularizer": "l2", "kernel_constraint": "non_neg", "bias_regularizer": "l1"}
 _PENALTIES = {"gamma_regularizer": "l1", "beta_regularizer": "l2", "gamma_constraint": "non_neg"}
 _PENALIZED_WEIGHTS = {
     "dense": (layers.Dense(3, kernel_regularizer="l2", bias_regularizer="l1", kernel_constraint="non_neg"), _SERIES),
     "einsum": (layers.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d", kernel_regularizer="l1"), _SERIES),
+    "transposed, 1D": (layers.Conv1DTranspose(4, 3, **_OF_KERNEL), _SERIES),
+    "3D": (layers.Conv3D(4, 2, **_OF_KERNEL), _VOLUME),
+    "3D, groups": (layers.Conv3D(4, 2, groups=2, kernel_regularizer="l2"), _VOLUME),
+    "3D, transposed": (layers.Conv3DTranspose(4, 2, **_OF_KERNEL), _VOLUME),
     "layer norm": (layers.LayerNormalization(**_PENALTIES), _SERIES),
     "group norm": (layers.GroupNormalization(2, **_PENALTIES), _SERIES),
     "batch norm": (layers.BatchNormalization(**_PENALTIES), _SERIES),
@@ -213,6 +218,13 @@ def test_regularizers_and_constraints_of_weights(layer, shape, tmp_path):
         count = [sum(weight.constraint is not None for weight in m.trainable_weights) for m in (one, model)]
         assert count[0] == count[1]
     assert model.losses
+
+
+@pytest.mark.parametrize("layer_class", [layers.Conv3D, layers.Conv3DTranspose])
+def test_constraints_of_axes_that_move_are_refused(layer_class):
+    model = keras.Sequential([keras.Input(_VOLUME), layer_class(4, 2, kernel_constraint="max_norm", name="conv")])
+    with pytest.raises(kq.UnsupportedModelError, match="'conv'.*MaxNorm.*NonNeg"):
+        kq.quantize(model)
 
 
 def test_regularizer_of_an_embedding():

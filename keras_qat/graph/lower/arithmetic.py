@@ -247,7 +247,7 @@ def _average(operation, args, kwargs):
     """With weights it is the sum of what is multiplied by constants."""
     x, weights = args[0], args[1] if len(args) > 1 else kwargs.get("weights")
     axes = _reduced_axes(operation, x)
-    if isinstance(weights, keras.KerasTensor):
+    if isinstance(weights, keras.KerasTensor) or is_learned(weights):
         return None
     if weights is None:
         return lambda x, *_, **__: ops.mean(x, axis=axes)
@@ -297,6 +297,8 @@ def _batch_norm(operation, args, kwargs):
     offset, scale = (rest + [None, None])[:2]
     offset, scale = kwargs.get("offset", offset), kwargs.get("scale", scale)
     if any(isinstance(one, keras.KerasTensor) for one in (mean, variance, offset, scale)):
+        return None
+    if is_learned(mean) or is_learned(variance):
         return None
     shape = [-1 if axis == operation.axis % len(x.shape) else 1 for axis in range(len(x.shape))]
     deviation = np.sqrt(np.asarray(variance, "float32") + operation.epsilon).reshape(shape)

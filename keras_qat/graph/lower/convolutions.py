@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_qat.graph.lower.weights import is_learned
+from keras_qat.graph.lower.weights import is_learned, of_numbers
 
 
 def _separable_conv(layer, args, kwargs):
@@ -62,6 +62,8 @@ def _conv_1d_transpose(layer, args, kwargs):
         use_bias=layer.use_bias,
         kernel_regularizer=layer.kernel_regularizer,
         bias_regularizer=layer.bias_regularizer,
+        kernel_constraint=of_numbers(layer.kernel_constraint),
+        bias_constraint=layer.bias_constraint,
         trainable=layer.trainable,
         name=layer.name,
     )

@@ -9,6 +9,7 @@ from keras import ops
 from keras_qat.graph.walk import key_of
 
 _LARGEST = 1024  # pixels along an axis: the matrix is of their square
+_CHANNELS = 16  # of the images that a map is run on at a time, so that large ones fit into memory
 _NATIVE = ("nearest", "bilinear")
 
 
@@ -30,11 +31,7 @@ def by_axes(function, sides: tuple[int, int]):
     if max(sides) > _LARGEST:
         return None
     height, width = sides
-    identities = [np.eye(side, dtype="float32") for side in sides]
-    # An image whose rows (or columns) are those of an identity, one for each channel: its middle is not padded.
-    rows = _run(function, np.broadcast_to(identities[0][None, :, None], (1, height, width, height)))
-    columns = _run(function, np.broadcast_to(identities[1][None, None], (1, height, width, width)))
-    matrices = rows[0, :, rows.shape[2] // 2], columns[0, columns.shape[1] // 2]
+    matrices = [_matrix(function, sides, axis) for axis in (0, 1)]
     image = np.random.default_rng(0).normal(size=(1, height, width, 1)).astype("float32")
     found = np.einsum("bhwc,yh,xw->byxc", image, *matrices)
     if not np.allclose(found, _run(function, image), atol=1e-4):
@@ -49,6 +46,16 @@ def by_axes(function, sides: tuple[int, int]):
         return x
 
     return apply
+
+
+def _matrix(function, sides, axis: int) -> np.ndarray:
+    """What a map does to one axis: of images whose rows (or columns) are those of an identity, one for each channel."""
+    identity, parts = np.eye(sides[axis], dtype="float32"), []
+    for begin in range(0, sides[axis], _CHANNELS):
+        lines = np.expand_dims(identity[:, begin : begin + _CHANNELS], 1 - axis)
+        result = _run(function, np.broadcast_to(lines[None], (1, *sides, lines.shape[-1])))[0]
+        parts.append(np.take(result, result.shape[1 - axis] // 2, axis=1 - axis))  # the middle is not padded
+    return np.concatenate(parts, axis=1)
 
 
 def _run(function, array):

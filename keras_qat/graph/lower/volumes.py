@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_qat.graph.lower.activations import symbolic
+from keras_qat.graph.lower.weights import of_numbers
 
 
 def _slices(x) -> list:
@@ -40,6 +41,8 @@ def _conv_3d(layer, args, kwargs):
         use_bias=layer.use_bias,
         kernel_regularizer=layer.kernel_regularizer,
         bias_regularizer=layer.bias_regularizer,
+        kernel_constraint=of_numbers(layer.kernel_constraint),
+        bias_constraint=layer.bias_constraint,
         trainable=layer.trainable,
         name=layer.name,
     )
@@ -106,6 +109,8 @@ def _conv_3d_transpose(layer, args, kwargs):
             use_bias=layer.use_bias,
             kernel_regularizer=layer.kernel_regularizer,
             bias_regularizer=layer.bias_regularizer,
+            kernel_constraint=of_numbers(layer.kernel_constraint),
+            bias_constraint=layer.bias_constraint,
             trainable=layer.trainable,
             name=f"{layer.name}_{first}",
         )

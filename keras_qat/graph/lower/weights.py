@@ -25,6 +25,16 @@ def dense_of(kernel, bias=None, trainable=False, name="dense", **options) -> ker
     return layer
 
 
+def of_numbers(constraint):
+    """A constraint for a kernel that has the same numbers in other axes; refused where it matters which ones they are in."""
+    if constraint is None or isinstance(constraint, keras.constraints.NonNeg):
+        return constraint
+    raise ValueError(
+        f"Its constraint {type(constraint).__name__} works on axes of the kernel, which has others among integers. Use NonNeg, "
+        "or none."
+    )
+
+
 def penalties(weight, prefix: str = "") -> dict:
     """A weight's regularizer and constraint, as arguments of the layer that takes it over. Of a plain array: none."""
     return {f"{prefix}{what}": getattr(weight, what, None) for what in ("regularizer", "constraint")}
