@@ -1,6 +1,7 @@
 """Image operations."""
 
 import itertools
+import math
 
 from keras import ops
 
@@ -66,6 +67,32 @@ def _patches(operation, args, kwargs):
     return patches
 
 
+def _unfold(operation, args, kwargs):
+    """Windows of an image whose channels come first, as columns."""
+    size, dilation, padding, stride = map(
+        _pair, (operation.kernel_size, operation.dilation, operation.padding, operation.stride)
+    )
+    channels, *sides = args[0].shape[1:]
+    counts = [
+        (side + 2 * pad - rate * (reach - 1) - 1) // step + 1
+        for side, pad, rate, reach, step in zip(sides, padding, dilation, size, stride, strict=True)
+    ]
+
+    def unfold(x):
+        x = ops.pad(x, [(0, 0), (0, 0), *[(pad, pad) for pad in padding]]) if any(padding) else x
+        pixels = []
+        for place in itertools.product(*map(range, size)):
+            begins = [one * rate for one, rate in zip(place, dilation, strict=True)]
+            rows, columns = (
+                slice(begin, begin + (count - 1) * step + 1, step)
+                for begin, count, step in zip(begins, counts, stride, strict=True)
+            )
+            pixels.append(ops.reshape(x[:, :, rows, columns], (-1, channels, 1, math.prod(counts))))
+        return ops.reshape(ops.concatenate(pixels, axis=2), (-1, channels * len(pixels), math.prod(counts)))
+
+    return unfold
+
+
 def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
@@ -102,4 +129,5 @@ RULES = {
     "ops.ExtractPatches": _patches,
     "ops.PadImages": _padded,
     "ops.RGBToGrayscale": _gray,
+    "ops.Unfold": _unfold,
 }
