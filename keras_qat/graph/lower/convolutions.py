@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_qat.graph.lower.weights import is_learned, of_numbers
+from keras_qat.graph.lower.weights import is_learned, options_of
 
 
 def _separable_conv(layer, args, kwargs):
@@ -57,14 +57,8 @@ def _conv_1d_transpose(layer, args, kwargs):
         layer.filters,
         (1, layer.kernel_size[0]),
         strides=(1, layer.strides[0]),
-        padding=layer.padding,
         output_padding=None if layer.output_padding is None else (0, *layer.output_padding),
-        use_bias=layer.use_bias,
-        kernel_regularizer=layer.kernel_regularizer,
-        bias_regularizer=layer.bias_regularizer,
-        kernel_constraint=of_numbers(layer.kernel_constraint),
-        bias_constraint=layer.bias_constraint,
-        trainable=layer.trainable,
+        **options_of(layer),
         name=layer.name,
     )
     conv.build((None, 1, None, layer.kernel.shape[-1]))

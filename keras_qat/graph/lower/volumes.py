@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_qat.graph.lower.activations import symbolic
-from keras_qat.graph.lower.weights import of_numbers
+from keras_qat.graph.lower.weights import options_of
 
 
 def _slices(x) -> list:
@@ -35,15 +35,9 @@ def _conv_3d(layer, args, kwargs):
         filters,
         (height, width),
         strides=layer.strides[1:],
-        padding=layer.padding,
         dilation_rate=layer.dilation_rate[1:],
         activation=layer.activation,
-        use_bias=layer.use_bias,
-        kernel_regularizer=layer.kernel_regularizer,
-        bias_regularizer=layer.bias_regularizer,
-        kernel_constraint=of_numbers(layer.kernel_constraint),
-        bias_constraint=layer.bias_constraint,
-        trainable=layer.trainable,
+        **options_of(layer),
         name=layer.name,
     )
     conv.build((None, None, None, depth * channels))
@@ -104,14 +98,8 @@ def _conv_3d_transpose(layer, args, kwargs):
             filters,
             (height, width),
             strides=layer.strides[1:],
-            padding=layer.padding,
             output_padding=None if layer.output_padding is None else layer.output_padding[1:],
-            use_bias=layer.use_bias,
-            kernel_regularizer=layer.kernel_regularizer,
-            bias_regularizer=layer.bias_regularizer,
-            kernel_constraint=of_numbers(layer.kernel_constraint),
-            bias_constraint=layer.bias_constraint,
-            trainable=layer.trainable,
+            **options_of(layer),
             name=f"{layer.name}_{first}",
         )
         conv.build((None, None, None, len(read) * channels))

@@ -25,8 +25,21 @@ def dense_of(kernel, bias=None, trainable=False, name="dense", **options) -> ker
     return layer
 
 
-def of_numbers(constraint):
-    """A constraint for a kernel that has the same numbers in other axes; refused where it matters which ones they are in."""
+def options_of(layer) -> dict:
+    """What a convolution takes over from one whose kernel has the same numbers in other axes."""
+    return {
+        "padding": layer.padding,
+        "use_bias": layer.use_bias,
+        "kernel_regularizer": layer.kernel_regularizer,
+        "bias_regularizer": layer.bias_regularizer,
+        "kernel_constraint": _of_numbers(layer.kernel_constraint),
+        "bias_constraint": layer.bias_constraint,
+        "trainable": layer.trainable,
+    }
+
+
+def _of_numbers(constraint):
+    """A constraint of numbers alone; refused where it matters which axes they are in."""
     if constraint is None or isinstance(constraint, keras.constraints.NonNeg):
         return constraint
     raise ValueError(
